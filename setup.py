@@ -1,0 +1,45 @@
+"""Installation: `pip install -c constraints.txt -e .`, or `bash tests/run.sh`, which makes `.venv` and does it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+PINS = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().split() if "==" in line)
+
+
+def pinned(*names: str) -> list[str]:
+    return [f"{name}=={PINS[name]}" for name in names]
+
+
+setup(
+    name="htc-megatron",
+    version="0.1.0",
+    description="HTC-VLM on Megatron-Core and DeepSpeed: TP x PP x DP with ZeRO 1 to 3, from a laptop CPU to a cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["htc_megatron", "htc_megatron.*"]),
+    package_data={"": ["*.json", "*.yaml", "*.txt", "*.jinja"]},
+    install_requires=pinned(
+        "torch",
+        "megatron-core",
+        "deepspeed",
+        "transformers",
+        "numpy",
+        "pillow",
+        "pydantic",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tqdm",
+    ),
+    extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
+        "test": pinned("hypothesis", "py-spy", "pytest", "ruff"),
+        "examples": pinned("easy-vqa", "matplotlib"),
+        "mpi": pinned("mpi4py"),
+    },
+)
