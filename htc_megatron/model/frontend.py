@@ -1,0 +1,107 @@
+"""HybridFrontEnd: both visual channels, their projectors and the fusion into V_hy; a tensor-parallel module of the first stage."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from htc_megatron.config import ModelConfig
+from htc_megatron.hf.modeling_mgvq import codebook_lookup
+from htc_megatron.model.layout import ImageShape
+from htc_megatron.model.vision import ClipVisionTower
+
+
+def _linear(kind: type, config: TransformerConfig, inputs: int, outputs: int, **options) -> nn.Module:
+    return kind(inputs, outputs, config=config, init_method=config.init_method, bias=True, skip_bias_add=False, **options)
+
+
+class PatchProjector(nn.Module):
+    """P_v: `linear`, or LLaVA's `mlp2x_gelu`."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int, config: TransformerConfig):
+        super().__init__()
+        self.fc1 = _linear(ColumnParallelLinear, config, inputs, outputs, gather_output=kind == "linear")
+        self.fc2 = None if kind == "linear" else _linear(RowParallelLinear, config, outputs, outputs, input_is_parallel=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[patches, images, h] -> [patches, images, H]."""
+        hidden = self.fc1(features)[0]
+        return hidden if self.fc2 is None else self.fc2(F.gelu(hidden))[0]
+
+
+class AnchorProjector(nn.Module):
+    """P_d: v_d = GELU(W2 GELU(W1 q)), reshaped to the anchors (paper, discrete channel)."""
+
+    def __init__(self, inputs: int, width: int, num_anchors: int, outputs: int, config: TransformerConfig):
+        super().__init__()
+        self.num_anchors = num_anchors
+        self.fc1 = _linear(ColumnParallelLinear, config, inputs, width, gather_output=False)
+        self.fc2 = _linear(RowParallelLinear, config, width, num_anchors * outputs, input_is_parallel=True)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """[images, flat_size] -> [images, anchors, H]."""
+        v_d = F.gelu(self.fc2(F.gelu(self.fc1(q[None])[0]))[0])[0]
+        return v_d.view(len(q), self.num_anchors, -1)
+
+
+class Codebook(nn.Module):
+    """MGVQ's frozen codebook: all groups' rows in one table."""
+
+    def __init__(self, rows: int, columns: int, groups: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
+        self.groups = groups
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[images, positions, groups] codes -> q [images, flat_size], channel-major."""
+        return codebook_lookup(codes, self.weight, self.groups)
+
+
+class VocoEmbedding(nn.Module):
+    """The one new row `<voco>`, repeated K times an image."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
+
+    def forward(self, count: int) -> Tensor:
+        """[count, H]."""
+        return self.weight.expand(count, -1)
+
+
+class HybridFrontEnd(nn.Module):
+    """pixels and codes -> V_hy and voco embeddings."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig):
+        super().__init__()
+        method, hidden = model.method, model.backbone.hidden_size
+        self.shape = ImageShape.from_config(model)
+        if method.channels != "discrete":
+            self.vision = ClipVisionTower(model.vision, config)
+            self.projector = PatchProjector(method.projector, model.vision.hidden_size, hidden, config)
+        if method.channels != "continuous":
+            self.codebook = Codebook(model.mgvq.codebook_size, model.mgvq.group_channels, model.mgvq.groups, config.params_dtype)
+            self.anchors = AnchorProjector(model.mgvq.flat_size, method.anchor_hidden_size, method.num_anchors, hidden, config)
+        if method.num_voco_tokens:
+            self.voco = VocoEmbedding(hidden, config.params_dtype)
+
+    def forward(self, pixel_values: Tensor | None, codes: Tensor | None) -> Tensor:
+        """Embeddings of whole images, V_hy and voco tokens: [images, N + K, H].
+
+        pixel_values: [images, 3, side, side]; codes: [images, positions, groups]; each needed by its channel only.
+        """
+        parts = {}
+        if self.shape.num_patches:
+            trained = any(p.requires_grad for p in self.vision.parameters())
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # a frozen tower keeps no graph
+                features = self.vision(pixel_values)
+            parts["patches"] = self.projector(features).transpose(0, 1)
+        if self.shape.num_anchors:
+            parts["anchors"] = self.anchors(self.codebook(codes))
+        order = ("patches", "anchors") if self.shape.fusion == "post" else ("anchors", "patches")
+        pieces = [parts[name] for name in order if name in parts]
+        if self.shape.num_voco:
+            images = len(pieces[0])
+            pieces.append(self.voco(images * self.shape.num_voco).view(images, self.shape.num_voco, -1))
+        return torch.cat(pieces, 1)

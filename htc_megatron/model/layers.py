@@ -1,0 +1,155 @@
+"""Layer specs and transformer configurations for mcore: what the backbone and the vision tower are made of."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from htc_megatron.config import RunConfig
+from htc_megatron.model.attention import FullAttention, LayoutAttention
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32; works under sequence parallelism, which mcore's torch norm refuses.
+
+    Under sequence parallelism each TP rank sees its share of the tokens, so the weight's gradient is summed over TP.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        self.sum_over_tp = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight) if self.sum_over_tp else self.weight
+        precise = x.float()
+        return weight * (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm with the arguments mcore's specs pass, in the parameters' precision."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def backbone_spec(num_layers_here: int) -> TransformerBlockSubmodules:
+    """Layers of one pipeline stage and the block's final norm (built on the last stage only)."""
+    spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers_here, layer_norm=RMSNorm)
+
+
+def vision_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Layers of the CLIP tower."""
+    spec = _layer_spec(LayerNorm, FullAttention, AttnMaskType.no_mask)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LayerNorm)
+
+
+def _common(config: RunConfig, on_cpu: bool) -> dict:
+    dtype = PRECISIONS[config.training.precision]
+    return dict(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,  # model/initialisation.py fills every weight by name, whatever the layout
+        use_cpu_initialization=on_cpu,
+        calculate_per_token_loss=True,  # the loss arrives scaled for the global batch; the schedule divides by nothing
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
+    """mcore's configuration of the LLaMA-style decoder."""
+    bb, parallel = config.model.backbone, config.parallel
+    recompute: dict = {}
+    if parallel.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif parallel.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        num_layers=bb.num_layers,
+        hidden_size=bb.hidden_size,
+        ffn_hidden_size=bb.ffn_hidden_size,
+        num_attention_heads=bb.num_attention_heads,
+        num_query_groups=bb.num_query_groups,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=PRECISIONS[config.training.precision],
+        add_bias_linear=False,
+        add_qkv_bias=bb.qkv_bias,
+        normalization="RMSNorm",
+        layernorm_epsilon=bb.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        **recompute,
+        **_common(config, on_cpu),
+    )
+
+
+def vision_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
+    """mcore's configuration of the CLIP tower and of the projectors: whole on the first stage, without sequence parallelism."""
+    vision = config.model.vision
+    recompute: dict = {}
+    if config.parallel.recompute == "full" and "vision" not in config.training.freeze:
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        pipeline_model_parallel_size=1,
+        sequence_parallel=False,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_epsilon,
+        gated_linear_unit=False,
+        activation_func=quick_gelu,
+        **recompute,
+        **_common(config, on_cpu),
+    )

@@ -1,0 +1,159 @@
+"""Where prefix, anchors, patches, voco and text stand in packed sequences: a few integers a sample.
+
+A packed row holds several samples end to end and padding behind them. Inside a sample an image takes
+`num_visual + num_voco` positions: V_hy (anchors and patches) and then its voco tokens. Everything else is text.
+Every pipeline stage builds the same layout from the batch's own metadata; no mask ever travels between stages.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from htc_megatron.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """How many positions the parts of one image take, and at which offsets RoPE sees them."""
+
+    num_anchors: int
+    num_patches: int
+    num_voco: int
+    fusion: str = "pre"
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> "ImageShape":
+        return cls(model.num_anchors, model.num_patches, model.method.num_voco_tokens, model.method.fusion)
+
+    @property
+    def num_visual(self) -> int:
+        """N, the length of V_hy."""
+        return self.num_anchors + self.num_patches
+
+    @property
+    def length(self) -> int:
+        """Sequence positions of one image: N + K."""
+        return self.num_visual + self.num_voco
+
+    @property
+    def anchor_slice(self) -> slice:
+        """Where the anchors stand in V_hy."""
+        start = self.num_patches if self.fusion == "post" else 0
+        return slice(start, start + self.num_anchors)
+
+    @property
+    def patch_slice(self) -> slice:
+        """Where the patches stand in V_hy."""
+        start = 0 if self.fusion == "post" else self.num_anchors
+        return slice(start, start + self.num_patches)
+
+    @property
+    def span(self) -> int:
+        """RoPE positions V_hy takes. With fusion `parallel` both channels run over the patches' positions."""
+        return self.num_patches if self.fusion == "parallel" else self.num_visual
+
+    def offsets(self) -> Tensor:
+        """RoPE position of each of the N + K places, relative to the image's first. [N + K] int64."""
+        if self.fusion == "parallel":
+            anchors = torch.arange(self.num_anchors) * self.num_patches // max(self.num_anchors, 1)
+            visual = torch.cat([anchors, torch.arange(self.num_patches)])
+        else:
+            visual = torch.arange(self.num_visual)
+        return torch.cat([visual, self.span + torch.arange(self.num_voco)])
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Integers of one micro-batch of packed rows.
+
+    samples: [num_samples, 3] int64, (row, start, stop) of each sample, in row order.
+    images: [num_images, 2] int64, (sample, start): V_hy begins at `start` of the sample's row; in sequence order.
+    """
+
+    rows: int
+    seq_length: int
+    samples: Tensor
+    images: Tensor
+    image: ImageShape
+
+    def __post_init__(self):
+        samples, images = self.samples, self.images
+        if samples.ndim != 2 or samples.shape[1] != 3 or images.ndim != 2 or images.shape[1] != 2:
+            raise ValueError(f"layout: samples {tuple(samples.shape)} and images {tuple(images.shape)} must be [n, 3] and [m, 2]")
+        if len(samples):
+            row, start, stop = samples.T
+            if row.min() < 0 or row.max() >= self.rows or start.min() < 0 or (stop <= start).any() or stop.max() > self.seq_length:
+                raise ValueError(f"layout: a sample lies outside {self.rows} rows of {self.seq_length} tokens: {samples.tolist()}")
+            here, there = samples[:-1], samples[1:]
+            if ((there[:, 0] < here[:, 0]) | ((there[:, 0] == here[:, 0]) & (there[:, 1] < here[:, 2]))).any():
+                raise ValueError(f"layout: samples overlap or are out of order: {samples.tolist()}")
+        if len(images):
+            sample, start = images.T
+            if sample.min() < 0 or sample.max() >= len(samples):
+                raise ValueError(f"layout: an image names sample {int(sample.max())} of {len(samples)}")
+            inside = (start >= samples[sample, 1]) & (start + self.image.length <= samples[sample, 2])
+            same = sample[1:] == sample[:-1]
+            ordered = (sample[1:] > sample[:-1]) | (same & (start[1:] >= start[:-1] + self.image.length))
+            if not inside.all() or not ordered.all():
+                raise ValueError(f"layout: images overlap, are out of order or cross their sample's end: {images.tolist()}")
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def image_places(self) -> Tensor:
+        """Flat places (row * seq_length + column) of every image's V_hy and voco tokens. [num_images, N + K] int64."""
+        first = self.samples[self.images[:, 0], 0] * self.seq_length + self.images[:, 1]
+        return first[:, None] + torch.arange(self.image.length)
+
+    @property
+    def visual_places(self) -> Tensor:
+        """Flat places of V_hy. [num_images, N] int64."""
+        return self.image_places[:, : self.image.num_visual]
+
+    @property
+    def voco_places(self) -> Tensor:
+        """Flat places of the voco tokens. [num_images, K] int64."""
+        return self.image_places[:, self.image.num_visual :]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """RoPE positions: every sample starts at 0, text goes on at the uncompressed position. [rows, seq_length] int64."""
+        step = torch.ones(self.rows * self.seq_length, dtype=torch.int64)
+        offsets = self.image.offsets()
+        jumps = torch.diff(offsets, prepend=torch.tensor([0]))
+        if self.num_images and self.image.length:
+            step[self.image_places[:, 1:].reshape(-1)] = jumps[1:].repeat(self.num_images)
+            after = self.image_places[:, -1] + 1  # the token behind the last voco stands one further
+            after = after[after < len(step)]
+            step[after] = self.image.span + self.image.num_voco - int(offsets[-1])
+        places = torch.zeros_like(step)
+        for row, start, stop in self.samples.tolist():
+            a, b = row * self.seq_length + start, row * self.seq_length + stop
+            places[a + 1 : b] = step[a + 1 : b].cumsum(0)
+        return places.view(self.rows, self.seq_length)
+
+
+@dataclass
+class MicroBatch:
+    """One packed micro-batch as every rank of a model-parallel group sees it.
+
+    input_ids: [rows, seq_length] int64; 0 at V_hy and padding, the voco id at voco tokens.
+    labels: [rows, seq_length] int64, aligned with input_ids (not shifted); -100 where there is no loss.
+    pixel_values: [num_images, 3, side, side] float32, CLIP-normalised; None where the front-end does not live.
+    codes: [num_images, positions, groups] int16 MGVQ codes; None likewise.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    layout: SequenceLayout
+    pixel_values: Tensor | None = None
+    codes: Tensor | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry loss. The first token of a sample never does: nothing predicts it."""
+        return int((self.labels != -100).sum())

@@ -1,0 +1,245 @@
+"""From a checkpoint to a Hugging Face folder: weights, configuration, processor and the code that loads them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase, Qwen2Config
+
+import htc_megatron.hf
+from htc_megatron.config import BackboneConfig, ConfigError, ModelConfig, RunConfig
+from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
+from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
+from htc_megatron.hf.processing_htc_vlm import SYSTEM_PROMPT, HTCVLMImageProcessor, HTCVLMProcessor, vicuna_template
+from htc_megatron.model.mgvq import load_mgvq
+from htc_megatron.weights.convert import to_hf
+from htc_megatron.weights.safetensors_stream import Entry, write_files
+from htc_megatron.weights.table import Weight, weights
+from htc_megatron.weights.tokenizer import export_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MGVQ_PREFIX = "model.mgvq."
+EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
+CODE_FILES = ("configuration_htc_vlm", "mask_htc_vlm", "modeling_htc_vlm", "modeling_mgvq", "processing_htc_vlm")
+AUTO_CONFIG = {
+    "AutoConfig": "configuration_htc_vlm.HTCVLMConfig",
+    "AutoModelForImageTextToText": "modeling_htc_vlm.HTCVLMForConditionalGeneration",
+    "AutoProcessor": "processing_htc_vlm.HTCVLMProcessor",
+}
+AUTO_IMAGES = {"AutoImageProcessor": "processing_htc_vlm.HTCVLMImageProcessor"}
+
+
+class Reader(Protocol):
+    """What an export needs of a checkpoint."""
+
+    config: RunConfig
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. num_tensors and num_parameters: of the exported model."""
+
+    folder: Path
+    files: list[str]
+    num_tensors: int
+    num_parameters: int
+
+
+def hf_config(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HTCVLMConfig:
+    """The export's configuration, without token ids other than the voco's."""
+    vision, method = model.vision, model.method
+    clip = CLIPVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.ffn_hidden_size,
+        num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        layer_norm_eps=vision.norm_epsilon,
+        hidden_act="quick_gelu",
+    )
+    names = ("channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees")
+    return HTCVLMConfig(
+        text_config=_text_config(model.backbone),
+        vision_config=clip,
+        mgvq_config={name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.mgvq).items()},
+        image_token_id=method.voco_token_id,
+        dtype=dtype,
+        **{name: getattr(method, name) for name in names},
+    )
+
+
+def _text_config(backbone: BackboneConfig) -> LlamaConfig | Qwen2Config:
+    common: dict[str, Any] = dict(
+        vocab_size=backbone.vocab_size,
+        hidden_size=backbone.hidden_size,
+        intermediate_size=backbone.ffn_hidden_size,
+        num_hidden_layers=backbone.num_layers,
+        num_attention_heads=backbone.num_attention_heads,
+        num_key_value_heads=backbone.num_query_groups,
+        rms_norm_eps=backbone.norm_epsilon,
+        max_position_embeddings=backbone.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": backbone.rotary_base},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen2Config(**common) if backbone.qkv_bias else LlamaConfig(**common)
+
+
+def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the export, one weight in memory at a time.
+
+    tensor: the stored global form of a weight by its global name. mgvq: state dict of the frozen encoder and quantiser, needed
+    unless channels is continuous; its codebook must be the one that the model was trained with. Raises ConfigError.
+    """
+    table = {weight.name: weight for weight in weights(model)}
+    for weight in table.values():
+        if weight.name == VOCO:
+            continue
+        value = tensor(weight.name)
+        if weight.name == EMBEDDING and VOCO in table:
+            row = tensor(VOCO)
+            to_hf(table[VOCO], row)  # checks its shape; it has no tensor of its own there
+            value = value.clone()
+            value[model.method.voco_token_id] = row[0].to(value.dtype)
+        if weight.name == CODEBOOK:
+            value = _codebook(value, mgvq)
+        yield from to_hf(weight, value).items()
+    if model.method.channels != "continuous":
+        for name, value in (mgvq or {}).items():
+            if name != "quantize.embedding.weight":
+                yield MGVQ_PREFIX + name, value
+
+
+def _codebook(trained: Tensor, mgvq: dict[str, Tensor] | None) -> Tensor:
+    if mgvq is None:
+        raise ConfigError("the model has a discrete channel, so the export needs the MGVQ file that its codes were made with (--mgvq)")
+    given = mgvq["quantize.embedding.weight"]
+    if given.shape != trained.shape or not torch.equal(given.to(trained.dtype), trained):
+        raise ConfigError("the MGVQ file's codebook is not the one in the checkpoint; give the file that the model was trained with")
+    return given
+
+
+def hf_from_tensors(
+    model: ModelConfig, tensors: dict[str, Tensor], mgvq: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+) -> HTCVLMForConditionalGeneration:
+    """The Hugging Face model of weights in their stored global form, in memory, in eval mode."""
+    _check_names(model, tensors)
+    built = HTCVLMForConditionalGeneration(hf_config(model, dtype)).eval()
+    built.load_state_dict(dict(hf_tensors(model, tensors.__getitem__, mgvq)), strict=True)
+    for name, parameter in built.named_parameters():
+        parameter.data = parameter.data.to(_dtype(name, dtype))
+    return built
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.startswith(MGVQ_PREFIX) else dtype  # codes are an argmax: other precision, other codes
+
+
+def export(
+    reader: Reader,
+    out: str | Path,
+    mgvq: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    system: str = SYSTEM_PROMPT,
+    shard_bytes: int = 5 * 10**9,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Exported:
+    """Write the checkpoint behind `reader` as a Hugging Face folder `out`, which must not exist yet.
+
+    mgvq, tokenizer: files, if others than the run's own. dtype: fp32 | bf16 | fp16, by default the run's precision; MGVQ stays in
+    fp32. system: system prompt of the chat template. Everything is checked before a byte is written, the folder appears only
+    when it is complete. Raises ConfigError.
+    """
+    out, config = Path(out), reader.config
+    model = config.model
+    if out.exists():
+        raise ConfigError(f"{out} exists already; wanted a new folder to export to")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    kind = DTYPES[dtype or config.training.precision]
+    _check_names(model, reader.names)
+    words = export_tokenizer(tokenizer or config.tokenizer, model.method.voco_token_id, model.backbone.vocab_size)
+    frozen = None
+    if model.method.channels != "continuous":
+        path = mgvq or config.mgvq_checkpoint
+        if not path:
+            raise ConfigError("the model has a discrete channel, so the export needs the MGVQ file that its codes were made with (--mgvq)")
+        frozen = load_mgvq(path, model.mgvq, encoder_only=True).state_dict()
+    settings = hf_config(model, kind)
+    entries = planned_entries(model, settings, frozen, kind)
+
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    temporary.mkdir(parents=True)
+    try:
+        stream = ((name, tensor.to(_dtype(name, kind))) for name, tensor in hf_tensors(model, reader.tensor, frozen))
+        files = write_files(temporary, entries, progress(stream), shard_bytes)
+        _write_settings(temporary, settings, words, system)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Exported(out, files, len(entries), sum(entry.nbytes // entry.dtype.itemsize for entry in entries))
+
+
+def _check_names(model: ModelConfig, found: Iterable[str]) -> None:
+    wanted, found = {weight.name for weight in weights(model)}, set(found)
+    faults = [f"{kind}: {', '.join(sorted(names))}" for kind, names in (("missing", wanted - found), ("unknown", found - wanted)) if names]
+    if faults:
+        raise ConfigError(f"the checkpoint's weights are not those of its configuration; {'; '.join(faults)}")
+
+
+def planned_entries(model: ModelConfig, settings: HTCVLMConfig, mgvq: dict[str, Tensor] | None, dtype: torch.dtype) -> list[Entry]:
+    """All tensors in the order in which they will come; they must be exactly those of the model that will load them."""
+
+    def nothing(weight: Weight) -> Tensor:
+        return torch.empty(weight.shape, device="meta")
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights(model):
+        shapes |= {name: tuple(tensor.shape) for name, tensor in to_hf(weight, nothing(weight)).items()}
+    shapes |= {MGVQ_PREFIX + name: tuple(tensor.shape) for name, tensor in (mgvq or {}).items() if MGVQ_PREFIX + name not in shapes}
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in HTCVLMForConditionalGeneration(settings).state_dict().items()}
+    faults = sorted({name for name, _ in shapes.items() ^ wanted.items()})
+    if faults:
+        listed = ", ".join(f"{name} (written {shapes.get(name)}, wanted {wanted.get(name)})" for name in faults)
+        raise ConfigError(f"the export does not fit the model that loads it: {listed}")
+    return [Entry(name, shape, _dtype(name, dtype)) for name, shape in shapes.items()]
+
+
+def _write_settings(folder: Path, settings: HTCVLMConfig, tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Configuration, generation defaults, processor and the code that trust_remote_code loads."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in special.items():
+        setattr(settings.text_config, name, value)
+    settings.architectures = ["HTCVLMForConditionalGeneration"]
+    settings.auto_map = AUTO_CONFIG
+    settings.save_pretrained(folder)
+    GenerationConfig(**special).save_pretrained(folder)
+    images = HTCVLMImageProcessor(settings.vision_config.image_size, settings.mgvq_config["image_size"], settings.channels)
+    template = vicuna_template(system)
+    processor = HTCVLMProcessor(images, tokenizer, chat_template=template, num_image_tokens=settings.image_seq_length)
+    processor.save_pretrained(folder)
+    described = folder / "processor_config.json"
+    content = json.loads(described.read_text(encoding="utf-8"))
+    content["auto_map"] = {"AutoProcessor": AUTO_CONFIG["AutoProcessor"]}
+    content["image_processor"]["auto_map"] = AUTO_IMAGES
+    described.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    source = Path(htc_megatron.hf.__file__).parent
+    for name in CODE_FILES:
+        shutil.copyfile(source / f"{name}.py", folder / f"{name}.py")

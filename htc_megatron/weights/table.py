@@ -1,0 +1,164 @@
+"""The one table of weights: our name, Hugging Face's name(s) and how tensor parallelism cuts each of them.
+
+A checkpoint stores every weight in its *stored global form*, which no layout can be read from: the true vocabulary
+without padding rows, gate and up projection as [2, ffn, H], fused qkv in mcore's order (per key/value group its query
+heads, then the key head, then the value head; Megatron-LM `Attention.linear_qkv`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from htc_megatron.config import ConfigError, ModelConfig
+
+Rule = Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
+
+# One row a weight: (our name, stored shape, rule, Hugging Face name, present if).
+# {i} is the global layer number; {x} runs over q, k, v of a qkv row and over gate, up of a gated row.
+# Sizes: H, F, V hidden, MLP and vocabulary size of the backbone, QKV its fused heads; h, f of the tower, P its positions
+# (patches and CLS), p its patch; A, D width and output of the anchors' projector, q flat latents; C, c codebook rows and columns.
+_VIS, _VIT, _LLM = "frontend.vision.", "model.vision_tower.", "model.language_model."
+_VIS_I, _VIT_I = _VIS + "encoder.layers.{i}.", _VIT + "encoder.layers.{i}."
+_DEC_I, _LLM_I = "backbone.decoder.layers.{i}.", _LLM + "layers.{i}."
+TABLE: tuple[tuple[str, str, Rule, str, str], ...] = (
+    ("frontend.voco.weight", "1 H", "replicated", "", "voco"),  # in the export: row voco_token_id of embed_tokens
+    ("frontend.codebook.weight", "C c", "replicated", "model.mgvq.quantize.embedding.weight", "discrete"),
+    ("frontend.anchors.fc1.weight", "A q", "column", "model.anchors.fc1.weight", "discrete"),
+    ("frontend.anchors.fc1.bias", "A", "column", "model.anchors.fc1.bias", "discrete"),
+    ("frontend.anchors.fc2.weight", "D A", "row", "model.anchors.fc2.weight", "discrete"),
+    ("frontend.anchors.fc2.bias", "D", "replicated", "model.anchors.fc2.bias", "discrete"),
+    ("frontend.projector.fc1.weight", "H h", "column", "model.projector.fc1.weight", "continuous"),
+    ("frontend.projector.fc1.bias", "H", "column", "model.projector.fc1.bias", "continuous"),
+    ("frontend.projector.fc2.weight", "H H", "row", "model.projector.fc2.weight", "mlp"),
+    ("frontend.projector.fc2.bias", "H", "replicated", "model.projector.fc2.bias", "mlp"),
+    (_VIS + "patch_embedding.weight", "h 3 p p", "replicated", _VIT + "embeddings.patch_embedding.weight", "continuous"),
+    (_VIS + "class_embedding", "h", "replicated", _VIT + "embeddings.class_embedding", "continuous"),
+    (_VIS + "position_embedding.weight", "P h", "replicated", _VIT + "embeddings.position_embedding.weight", "continuous"),
+    (_VIS + "pre_layernorm.weight", "h", "replicated", _VIT + "pre_layrnorm.weight", "continuous"),  # sic, in transformers
+    (_VIS + "pre_layernorm.bias", "h", "replicated", _VIT + "pre_layrnorm.bias", "continuous"),
+    (_VIS_I + "input_layernorm.weight", "h", "replicated", _VIT_I + "layer_norm1.weight", "continuous"),
+    (_VIS_I + "input_layernorm.bias", "h", "replicated", _VIT_I + "layer_norm1.bias", "continuous"),
+    (_VIS_I + "self_attention.linear_qkv.weight", "3h h", "qkv", _VIT_I + "self_attn.{x}_proj.weight", "continuous"),
+    (_VIS_I + "self_attention.linear_qkv.bias", "3h", "qkv", _VIT_I + "self_attn.{x}_proj.bias", "continuous"),
+    (_VIS_I + "self_attention.linear_proj.weight", "h h", "row", _VIT_I + "self_attn.out_proj.weight", "continuous"),
+    (_VIS_I + "self_attention.linear_proj.bias", "h", "replicated", _VIT_I + "self_attn.out_proj.bias", "continuous"),
+    (_VIS_I + "pre_mlp_layernorm.weight", "h", "replicated", _VIT_I + "layer_norm2.weight", "continuous"),
+    (_VIS_I + "pre_mlp_layernorm.bias", "h", "replicated", _VIT_I + "layer_norm2.bias", "continuous"),
+    (_VIS_I + "mlp.linear_fc1.weight", "f h", "column", _VIT_I + "mlp.fc1.weight", "continuous"),
+    (_VIS_I + "mlp.linear_fc1.bias", "f", "column", _VIT_I + "mlp.fc1.bias", "continuous"),
+    (_VIS_I + "mlp.linear_fc2.weight", "h f", "row", _VIT_I + "mlp.fc2.weight", "continuous"),
+    (_VIS_I + "mlp.linear_fc2.bias", "h", "replicated", _VIT_I + "mlp.fc2.bias", "continuous"),
+    ("backbone.embedding.word_embeddings.weight", "V H", "vocab", _LLM + "embed_tokens.weight", ""),
+    (_DEC_I + "input_layernorm.weight", "H", "replicated", _LLM_I + "input_layernorm.weight", ""),
+    (_DEC_I + "self_attention.linear_qkv.weight", "QKV H", "qkv", _LLM_I + "self_attn.{x}_proj.weight", ""),
+    (_DEC_I + "self_attention.linear_qkv.bias", "QKV", "qkv", _LLM_I + "self_attn.{x}_proj.bias", "qkv_bias"),
+    (_DEC_I + "self_attention.linear_proj.weight", "H H", "row", _LLM_I + "self_attn.o_proj.weight", ""),
+    (_DEC_I + "pre_mlp_layernorm.weight", "H", "replicated", _LLM_I + "post_attention_layernorm.weight", ""),
+    (_DEC_I + "mlp.linear_fc1.weight", "2 F H", "gated", _LLM_I + "mlp.{x}_proj.weight", ""),
+    (_DEC_I + "mlp.linear_fc2.weight", "H F", "row", _LLM_I + "mlp.down_proj.weight", ""),
+    ("backbone.decoder.final_layernorm.weight", "H", "replicated", _LLM + "norm.weight", ""),
+    ("backbone.output_layer.weight", "V H", "vocab", "lm_head.weight", ""),
+)
+_PARTS = {"qkv": ("q", "k", "v"), "gated": ("gate", "up")}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a model.
+
+    name: global name, `{i}` filled with the global layer number.
+    shape: stored global shape.
+    rule: replicated | column (dim 0 cut) | row (dim 1 cut) | vocab (dim 0 cut after padding to a multiple of TP) |
+        qkv (dim 0 cut by key/value groups) | gated ([2, ffn, H], dim 1 cut).
+    hf: names in the export; qkv has three (q, k, v), gated two (gate, up), all others one.
+    groups, queries_per_group, head_dim: of a qkv weight; 0 otherwise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: Rule
+    hf: tuple[str, ...]
+    groups: int = 0
+    queries_per_group: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What one tensor-parallel rank holds of a weight.
+
+    local_shape: shape of the parameter as the rank's module holds it.
+    view_shape: the same memory seen with the stored form's dimensions; only `gated` differs from local_shape.
+    offset: place of the view's first element in the stored global tensor.
+    size: part of the view, from its first element on, that exists in the stored tensor; smaller than view_shape only
+        where a `vocab` shard holds padding rows (possibly 0 rows).
+    """
+
+    local_shape: tuple[int, ...]
+    view_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all TP ranks: the next multiple of `tp_size`. Rows beyond `vocab_size` are never stored."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def partition(weight: Weight, tp_rank: int = 0, tp_size: int = 1) -> Partition:
+    """The share of TP rank `tp_rank` of `tp_size`. Raises ConfigError where the weight cannot be cut into equal shares."""
+    if not 0 <= tp_rank < tp_size:
+        raise ConfigError(f"TP rank {tp_rank} does not exist among {tp_size}")
+    shape = weight.shape
+    if weight.rule == "replicated":
+        return Partition(shape, shape, (0,) * len(shape), shape)
+    if weight.rule == "vocab":
+        rows = padded_vocab_size(shape[0], tp_size) // tp_size
+        view = (rows, *shape[1:])
+        first = min(tp_rank * rows, shape[0])
+        return Partition(view, view, (first, *(0,) * (len(shape) - 1)), (min(rows, shape[0] - first), *shape[1:]))
+    dim = 1 if weight.rule in ("row", "gated") else 0
+    whole = weight.groups if weight.rule == "qkv" else shape[dim]
+    if whole % tp_size:
+        what = "key/value groups" if weight.rule == "qkv" else f"entries of dimension {dim}"
+        raise ConfigError(f"{weight.name}: {whole} {what} cannot be split over tensor_model_parallel_size {tp_size}; it must divide them")
+    share = shape[dim] // tp_size
+    view = (*shape[:dim], share, *shape[dim + 1 :])
+    offset = tuple(tp_rank * share if d == dim else 0 for d in range(len(shape)))
+    local = (2 * share, *shape[2:]) if weight.rule == "gated" else view
+    return Partition(local, view, offset, view)
+
+
+def weights(model: ModelConfig) -> list[Weight]:
+    """Every weight a model of this configuration holds, frozen ones included, in the table's order."""
+    method, bb, vision, mgvq = model.method, model.backbone, model.vision, model.mgvq
+    continuous, discrete = method.channels != "discrete", method.channels != "continuous"
+    present = {
+        "": True,
+        "voco": method.num_voco_tokens > 0,
+        "discrete": discrete,
+        "continuous": continuous,
+        "mlp": continuous and method.projector == "mlp2x_gelu",
+        "qkv_bias": bb.qkv_bias,
+    }
+    head_dim = bb.hidden_size // bb.num_attention_heads
+    sizes = {"H": bb.hidden_size, "F": bb.ffn_hidden_size, "V": bb.vocab_size}
+    sizes |= {"QKV": (bb.num_attention_heads + 2 * bb.num_query_groups) * head_dim}
+    sizes |= {"h": vision.hidden_size, "3h": 3 * vision.hidden_size, "f": vision.ffn_hidden_size}
+    sizes |= {"P": vision.num_patches + 1, "p": vision.patch_size}
+    sizes |= {"A": method.anchor_hidden_size, "D": method.num_anchors * bb.hidden_size, "q": mgvq.flat_size}
+    sizes |= {"C": mgvq.codebook_size, "c": mgvq.group_channels}
+    heads = {
+        _VIS: (vision.num_attention_heads, 1, vision.hidden_size // vision.num_attention_heads),
+        "backbone.": (bb.num_query_groups, bb.num_attention_heads // bb.num_query_groups, head_dim),
+    }
+    found = []
+    for name, symbols, rule, hf, condition in TABLE:
+        if not present[condition]:
+            continue
+        layers = (vision.num_layers if name.startswith(_VIS) else bb.num_layers) if "{i}" in name else 1
+        shape = tuple(int(s) if s.isdigit() else sizes[s] for s in symbols.split())
+        qkv = next(value for key, value in heads.items() if name.startswith(key)) if rule == "qkv" else ()
+        for i in range(layers):
+            theirs = tuple(hf.format(i=i, x=x) for x in _PARTS.get(rule, ("",))) if hf else ()
+            found.append(Weight(name.format(i=i), shape, rule, theirs, *qkv))
+    return found
