@@ -1,0 +1,111 @@
+"""Process groups: from the launcher's environment to the ranks and groups of TP, PP and DP."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from htc_megatron.config import ConfigError, ParallelConfig
+from htc_megatron.parallel import patches
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place among all of them. Groups are torch process groups."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    model: dist.ProcessGroup  # TP x PP of one data-parallel rank
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def launched_world_size() -> int:
+    """World size from the launcher's environment (torchrun); 1 without one. Refuses half of an environment."""
+    present = [name for name in LAUNCH_VARIABLES if name in os.environ]
+    if not present:
+        return 1
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the launcher set {', '.join(present)} but not {', '.join(missing)}: start with torchrun, or without any of them"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _stand_alone() -> None:
+    """One process without a launcher: give DeepSpeed a whole environment, or its MPI discovery runs."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def initialise(parallel: ParallelConfig, seed: int) -> Groups:
+    """Make every process group: gloo on CPU, NCCL on GPU. `parallel` must have been checked against the world size."""
+    patches.check_versions()
+    _stand_alone()
+    on_gpu = torch.cuda.is_available()
+    patches.megatron_on_cpu()
+    import deepspeed
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    patches.deepspeed_without_shm_op()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=parallel.timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    mpu.initialize_model_parallel(tp, pp, distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)))
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        tp=mpu.get_tensor_model_parallel_group(),
+        pp=mpu.get_pipeline_model_parallel_group(),
+        dp=mpu.get_data_parallel_group(),
+        model=mpu.get_model_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Take down what `initialise` made."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
