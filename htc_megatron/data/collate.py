@@ -1,0 +1,98 @@
+"""Packed rows of samples to a MicroBatch: ids and labels with images expanded, the layout, pixels and codes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from htc_megatron.config import ConfigError, ModelConfig
+from htc_megatron.data.conversation import IMAGE_TOKEN_INDEX
+from htc_megatron.data.dataset import PreparedData
+from htc_megatron.data.images import BadImage, blank_codes, blank_pixels, clip_pixels, open_image
+from htc_megatron.data.shards import Shard
+from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
+
+IGNORE_INDEX = -100
+
+
+def expand_sample(
+    ids: Sequence[int] | np.ndarray, supervised: Sequence[bool] | np.ndarray, shape: ImageShape, voco_token_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every IMAGE_TOKEN_INDEX becomes N zeros (V_hy) and K voco ids; nothing of an image is supervised.
+
+    Returns ids [t] int64, labels [t] int64 (-100 where unsupervised) and image_starts [images] int64: the column of each V_hy.
+    """
+    ids, supervised = np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=bool)
+    images = np.flatnonzero(ids == IMAGE_TOKEN_INDEX)
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[images] = shape.length
+    starts = (np.cumsum(counts) - counts)[images]
+    expanded = np.repeat(ids, counts)
+    labels = np.where(np.repeat(supervised, counts), expanded, IGNORE_INDEX)
+    for start in starts.tolist():
+        expanded[start : start + shape.num_visual] = 0
+        expanded[start + shape.num_visual : start + shape.length] = voco_token_id
+        labels[start : start + shape.length] = IGNORE_INDEX
+    return expanded, labels, starts
+
+
+class Collator:
+    """Builds micro-batches of packed rows. Safe to call from several threads.
+
+    needs_pixels: pixel_values and codes are built, each where its channel is used; else both are None.
+    """
+
+    def __init__(self, data: PreparedData, model: ModelConfig, seq_length: int, needs_pixels: bool):
+        self.data, self.model, self.seq_length, self.needs_pixels = data, model, seq_length, needs_pixels
+        self.shape = ImageShape.from_config(model)
+
+    def __call__(self, rows: list[list[int]]) -> MicroBatch:
+        """rows: sample indices of each packed row; an empty list is a row of padding. Raises ConfigError on damaged data."""
+        input_ids = np.zeros((len(rows), self.seq_length), dtype=np.int64)
+        labels = np.full((len(rows), self.seq_length), IGNORE_INDEX, dtype=np.int64)
+        samples, images, sources = [], [], []
+        for row, members in enumerate(rows):
+            column = 0
+            for sample in members:
+                shard, number = self.data.locate(sample)
+                expanded, targets, starts = expand_sample(*shard.tokens(number), self.shape, self.model.method.voco_token_id)
+                numbers = shard.images_of(number)
+                stop = column + len(expanded)
+                if stop > self.seq_length or len(numbers) != len(starts):
+                    raise ConfigError(
+                        f"data shard {shard.path}: sample {shard.name(number)!r} is not what the index says: prepare the data again"
+                    )
+                input_ids[row, column:stop], labels[row, column:stop] = expanded, targets
+                images += [(len(samples), column + start) for start in starts.tolist()]
+                sources += [(shard, image) for image in numbers]
+                samples.append((row, column, stop))
+                column = stop
+        layout = SequenceLayout(len(rows), self.seq_length, _table(samples, 3), _table(images, 2), self.shape)
+        batch = MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), layout)
+        if self.needs_pixels:
+            if self.shape.num_patches:
+                batch.pixel_values = torch.from_numpy(self._pixels(sources))
+            if self.shape.num_anchors:
+                batch.codes = torch.from_numpy(self._codes(sources))
+        return batch
+
+    def _pixels(self, sources: list[tuple[Shard, int]]) -> np.ndarray:
+        if not sources:
+            return blank_pixels(self.model)
+        size = self.model.vision.image_size
+        pixels = np.empty((len(sources), 3, size, size), dtype=np.float32)
+        for place, (shard, image) in enumerate(sources):
+            try:
+                pixels[place] = clip_pixels(open_image(shard.image_bytes(image)), size)
+            except BadImage as error:
+                raise ConfigError(f"data shard {shard.path}: image {image}: {error}: prepare or copy the data again") from None
+        return pixels
+
+    def _codes(self, sources: list[tuple[Shard, int]]) -> np.ndarray:
+        if not sources:
+            return blank_codes(self.model)
+        return np.stack([shard.codes[image] for shard, image in sources])
+
+
+def _table(rows: list[tuple], columns: int) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, columns)
