@@ -1,0 +1,92 @@
+"""What a run shows: TensorBoard scalars, a progress bar and one line a step, all from the first rank."""
+
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from htc_megatron.config import RunConfig
+from htc_megatron.parallel.groups import Groups
+from htc_megatron.training.step import StepResult
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB this rank has held at most: of the GPU, or of the process where it computes on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Logger:
+    """Collects the figures of steps and writes them every `log_interval` steps. Called by every rank."""
+
+    def __init__(self, config: RunConfig, groups: Groups, first_step: int, peak: float):
+        self.config, self.groups = config, groups
+        self.peak = self._over_ranks(peak, dist.ReduceOp.SUM)
+        self.writer = self.bar = None
+        if groups.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(Path(config.output_dir) / "tensorboard", purge_step=first_step)
+            self.bar = tqdm(
+                total=config.training.train_iters, initial=first_step, desc="training", unit="step", dynamic_ncols=True, smoothing=0.1
+            )
+        self._reset()
+
+    def _over_ranks(self, value: float, op: dist.ReduceOp) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(tensor, op)
+        return float(tensor)
+
+    def _reset(self) -> None:
+        self.began, self.steps, self.tokens, self.images, self.flops = time.perf_counter(), 0, 0, 0, 0.0
+
+    def step(self, step: int, result: StepResult, lr: float, tokens: int, flops: float, waited: float) -> None:
+        """Take in step `step` (counted from 1). tokens, flops: of the global batch. waited: share of time spent waiting for data."""
+        self.steps += 1
+        self.tokens += tokens
+        self.images += result.images
+        self.flops += flops
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix(loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3f}", lr=f"{lr:.2e}", refresh=False)
+        if step % self.config.training.log_interval and step != self.config.training.train_iters:
+            return
+        memory = self._over_ranks(peak_memory(self.groups.device), dist.ReduceOp.MAX)
+        seconds = (time.perf_counter() - self.began) / self.steps
+        if self.writer is not None:
+            self.write(
+                step,
+                {
+                    "train/loss": result.loss,
+                    "train/lr": lr,
+                    "train/grad_norm": result.grad_norm,
+                    "speed/seconds_per_step": seconds,
+                    "speed/tokens_per_second": self.tokens / self.steps / seconds,
+                    "speed/images_per_second": self.images / self.steps / seconds,
+                    "speed/mfu": self.flops / self.steps / seconds / self.peak,
+                    "speed/data_wait_share": waited,
+                    "memory/peak_gib_per_rank": memory,
+                },
+            )
+        self._reset()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Scalars of a step, on the first rank only."""
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+
+    def say(self, sentence: str) -> None:
+        """A line above the progress bar, on the first rank only."""
+        if self.bar is not None:
+            self.bar.write(sentence)
+
+    def close(self) -> None:
+        """Finish the progress bar and flush what was written."""
+        if self.writer is not None:
+            self.bar.close()
+            self.writer.close()

@@ -1,0 +1,129 @@
+"""A run from start, or from its last checkpoint, to its last step."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from htc_megatron.checkpoint import latest, load, save
+from htc_megatron.checkpoint.folder import resolve
+from htc_megatron.checkpoint.rng import rng_state, set_rng_state
+from htc_megatron.config import ConfigError, RunConfig
+from htc_megatron.data.loader import DataLoader, ValidationLoader, open_data
+from htc_megatron.model.layout import MicroBatch
+from htc_megatron.model.mgvq import load_codebook
+from htc_megatron.parallel.groups import Groups
+from htc_megatron.parallel.zero import sum_over
+from htc_megatron.training.build import build_engine, checkpoint_state
+from htc_megatron.training.flops import peak_flops, step_flops
+from htc_megatron.training.logger import Logger
+from htc_megatron.training.schedule import learning_rate
+from htc_megatron.training.step import evaluate, train_step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; a sentence for the user."""
+
+
+def check_files(config: RunConfig) -> None:
+    """Refuse a run whose files do not fit, before any process group is made."""
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name a folder written by tools/prepare_data.py")
+    open_data(config, config.data.train)
+    if config.data.validation:
+        open_data(config, config.data.validation)
+    elif config.training.eval_interval:
+        interval = config.training.eval_interval
+        raise ConfigError(f"training.eval_interval is {interval}, but data.validation is empty: name prepared data or set 0")
+    if config.model.method.channels != "continuous":
+        if not config.mgvq_checkpoint:
+            channels = config.model.method.channels
+            raise ConfigError(f"mgvq_checkpoint is empty, but channels {channels!r} needs MGVQ's codebook: name its file")
+        load_codebook(config.mgvq_checkpoint, config.model.mgvq)
+    if config.init_from:
+        resolve(config.init_from)
+
+
+class Trainer:
+    """Everything one rank needs for a run. Made and run by every rank alike."""
+
+    def __init__(self, config: RunConfig, zero: dict, groups: Groups):
+        self.config, self.groups = config, groups
+        codebook = None
+        if groups.first_stage and config.model.method.channels != "continuous":
+            codebook = load_codebook(config.mgvq_checkpoint, config.model.mgvq)
+        self.engine = build_engine(config, zero, groups, codebook)
+        self.state = checkpoint_state(self.engine, config)
+        self.folder = Path(config.output_dir) / "checkpoints"
+        self.step_number = self._start()
+        needs_pixels = groups.first_stage
+        data = config.data
+        self.loader = DataLoader(config, data.train, groups.dp_rank, groups.dp_size, needs_pixels, self.step_number, data.shuffle)
+        self.validation = None
+        if data.validation and config.training.eval_interval:
+            self.validation = ValidationLoader(
+                config, data.validation, groups.dp_rank, groups.dp_size, needs_pixels, config.training.eval_iters
+            )
+        peak = peak_flops(groups.device, next(self.engine.module.parameters()).dtype)
+        self.logger = Logger(config, groups, self.step_number, peak)
+
+    def _start(self) -> int:
+        """Load what the run starts from. Returns the number of steps already done."""
+        config = self.config
+        found = latest(self.folder) if config.resume == "auto" else None
+        if found is not None:
+            loaded = load(found, self.state)
+            if loaded.config.model != config.model:
+                raise ConfigError(f"{found} holds another model than the configuration describes: resume with its own model section")
+            if loaded.rng is not None:
+                set_rng_state(loaded.rng)
+            return loaded.step
+        if config.init_from:
+            load(config.init_from, self.state, optimizer=False)  # weights must fit; mask and fusion may differ between stages
+        return 0
+
+    def run(self) -> Path:
+        """Train to the last step. Returns the last checkpoint's folder."""
+        training, optimizer = self.config.training, self.config.optimizer
+        saved = latest(self.folder) if self.step_number else None
+        try:
+            for step in range(self.step_number, training.train_iters):
+                batches = next(self.loader)
+                lr = learning_rate(optimizer, step, training.train_iters)
+                result = train_step(self.engine, batches, lr)
+                self.step_number = step + 1
+                if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+                    raise TrainingError(
+                        f"step {self.step_number}: the loss is {result.loss} and the gradient norm {result.grad_norm}, "
+                        f"both must be finite; the last checkpoint is {saved or 'none'}"
+                    )
+                tokens, flops = self._global_work(batches)
+                self.logger.step(self.step_number, result, lr, tokens, flops, self.loader.wait_share)
+                if self.validation is not None and self.step_number % training.eval_interval == 0:
+                    self._evaluate()
+                if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
+                    saved = self.save()
+        finally:
+            self.loader.close()
+            self.logger.close()
+        if saved is None:
+            raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
+        return saved
+
+    def _global_work(self, batches: list[MicroBatch]) -> tuple[int, float]:
+        """Tokens and operations of the global batch."""
+        tokens = sum(int((b.layout.samples[:, 2] - b.layout.samples[:, 1]).sum()) for b in batches)
+        work = torch.tensor([float(tokens), step_flops(self.config, batches)], dtype=torch.float64, device=self.groups.device)
+        sum_over(work, self.groups.dp)
+        return int(work[0]), float(work[1])
+
+    def _evaluate(self) -> None:
+        loss = evaluate(self.engine, self.validation)
+        self.logger.write(self.step_number, {"validation/loss": loss})
+        self.logger.say(f"step {self.step_number}: validation loss {loss:.4f}")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step."""
+        path = save(self.folder, self.state, step=self.step_number, config=self.config, rng=rng_state())
+        self.logger.say(f"step {self.step_number}: saved {path}")
+        return path

@@ -1,0 +1,60 @@
+"""Train HTC-VLM on any layout of TP x PP x DP with ZeRO 1 to 3.
+
+torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml key=value ...
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from htc_megatron.config import ConfigError
+from htc_megatron.config_io import check, load_config, load_zero, to_yaml
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--show", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
+    args = parser.parse_args()
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.show:
+            print(to_yaml(config), end="")
+            return 0
+        from htc_megatron.parallel.groups import launched_world_size
+        from htc_megatron.parallel.support import refuse_untested
+
+        world_size, zero = launched_world_size(), load_zero(config.zero)
+        check(config, world_size)
+        refuse_untested(config, world_size, zero["zero_optimization"]["stage"])
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        from htc_megatron.parallel import groups as process_groups
+        from htc_megatron.parallel.zero import refuse_unsupported
+        from htc_megatron.training.trainer import Trainer, TrainingError, check_files
+
+        refuse_unsupported(config)
+        check_files(config)
+        groups = process_groups.initialise(config.parallel, config.training.seed)
+        try:
+            Trainer(config, zero, groups).run()
+        finally:
+            process_groups.destroy()
+    except ConfigError as error:
+        if first:
+            print(f"pretrain_htc: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        if first:
+            print(f"pretrain_htc: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

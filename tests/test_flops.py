@@ -1,0 +1,58 @@
+"""The operations MFU counts, against the mask itself and against torch's own counter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from htc_megatron.config_io import load_zero
+from htc_megatron.model.layout import ImageShape
+from htc_megatron.model.mask import MaskRule, dense_mask
+from htc_megatron.parallel import groups as process_groups
+from htc_megatron.training.build import build_engine
+from htc_megatron.training.flops import attention_pairs, step_flops
+from tests.parity_worker import micro_batch, tiny_config
+from tests.test_attention import RULES, build
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [ImageShape(2, 5, 1), ImageShape(1, 3, 3)], ids=["K=1", "K=3"])
+def test_pairs_are_those_of_the_mask(rule, shape):
+    layout = build([[[3, 5], [7]], [[0, 4, 2, 1], [6]], [[2, 1]]], shape)
+    batch = replace(micro_batch(tiny_config(), 0), layout=layout)
+    padding = layout.rows * layout.seq_length - int((layout.samples[:, 2] - layout.samples[:, 1]).sum())
+    assert attention_pairs(batch, rule) == int(dense_mask(layout, rule).sum()) - padding
+
+
+def matrix_flops() -> tuple[float, float]:
+    """Forward operations of a batch without padding, attention left out: ours, torch's."""
+    frozen = ["vision", "projector", "anchors", "voco", "backbone"]
+    config = tiny_config(training__seq_length=27, training__freeze=frozen)
+    groups = process_groups.initialise(config.parallel, 0)
+    engine = build_engine(config, load_zero("zero1.json"), groups)
+    batch = micro_batch(config, 3, "i")
+    length = int(batch.layout.samples[0, 2])
+    layout = replace(batch.layout, seq_length=length)
+    batch = replace(batch, input_ids=batch.input_ids[:, :length], labels=batch.labels[:, :length], layout=layout)
+    rule = MaskRule.from_config(config.model.method)
+    vision, bb = config.model.vision, config.model.backbone
+    attention = 4 * bb.hidden_size * bb.num_layers * attention_pairs(batch, rule)
+    attention += layout.num_images * 4 * vision.hidden_size * vision.num_layers * (vision.num_patches + 1) ** 2
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        engine.module(batch)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(value for op, value in counts.items() if "attention" not in str(op))
+    engine.destroy()
+    return step_flops(config, [batch]) - attention, products
+
+
+def test_matrix_products_are_those_torch_counts(ranks):
+    ours, theirs = ranks(1).run(matrix_flops)[0]
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_backward_costs_twice_the_forward_where_all_is_trained():
+    config, batch = tiny_config(), micro_batch(tiny_config(), 0)
+    alone = tiny_config(training__freeze=["vision", "projector", "anchors", "voco", "backbone"])
+    assert step_flops(config, [batch]) == pytest.approx(3 * step_flops(alone, [batch]))
