@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, their scores, and what the voco token looks at."""
