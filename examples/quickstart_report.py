@@ -1,0 +1,61 @@
+"""Collect what a quick start has measured into report.json, and show it: `python examples/quickstart_report.py runs/quickstart`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from htc_megatron.checkpoint.reader import CheckpointReader
+from htc_megatron.config import ConfigError
+from htc_megatron.evaluation.easy_vqa import table
+
+
+def collect(run: Path) -> dict:
+    """The report's content. Raises ConfigError where a part of the quick start is missing."""
+    try:
+        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        phases = dict(line.split() for line in (run / "phases.txt").read_text(encoding="utf-8").splitlines())
+        mgvq = json.loads((run / "mgvq" / "report.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{error.filename} is missing; wanted a finished quick start, bash examples/quickstart.sh makes one") from error
+    reader = CheckpointReader(run / "checkpoints")
+    config = reader.config
+    seconds = {name: float(value) for name, value in phases.items()}
+    return {
+        "data": evaluation["data"],
+        "questions": evaluation["questions"],
+        "accuracy": evaluation["accuracy"],
+        "accuracy_by_type": evaluation["accuracy_by_type"],
+        "questions_by_type": evaluation["questions_by_type"],
+        "baselines": evaluation["baselines"],
+        "layout": {**reader.layout, "precision": config.training.precision, "zero": config.zero},
+        "train_iters": config.training.train_iters,
+        "mgvq_psnr_db": mgvq["validation"]["psnr"],
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the quick start")
+    options = parser.parse_args()
+    try:
+        report = collect(options.run)
+    except ConfigError as error:
+        print(f"quickstart_report: {error}", file=sys.stderr)
+        return 2
+    (options.run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\n== Done in {report['seconds']['total']:.0f} s\n")
+    print(table(report, report["baselines"]))
+    print(
+        f"\n{options.run}/report.json      what was measured"
+        f"\n{options.run}/attention.png    where the voco token looks"
+        f"\n{options.run}/hf               the model: AutoModelForImageTextToText, AutoProcessor"
+        f"\n{options.run}/checkpoints      to go on from, on any layout"
+        f"\n{options.run}/tensorboard      tensorboard --logdir {options.run}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
