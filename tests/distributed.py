@@ -238,9 +238,13 @@ class Pool:
             if worker is not None:
                 worker.kill()
 
-    def close(self) -> None:
-        """Kill all workers; the pool can be used again."""
+    def restart(self) -> None:
+        """Kill all workers; the next job starts new ones."""
         self._kill(list(self.workers))
+
+    def close(self) -> None:
+        """Kill all workers and remove their logs."""
+        self.restart()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -253,6 +257,10 @@ class Ranks:
     def run(self, function: Callable | str, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
         """See Pool.run."""
         return self.pool.run(self.world_size, function, *args, timeout=timeout, **kwargs)
+
+    def restart(self) -> None:
+        """End all workers: the next job runs in new processes, as a resumed run does."""
+        self.pool.restart()
 
     @property
     def output(self) -> list[str]:

@@ -97,8 +97,10 @@ def run_steps(changes: dict, zero: dict, kinds: tuple[str, ...] = MIXED, steps: 
     return results
 
 
-if __name__ == "__main__":
-    import json
-    import sys
+def frames_compiled(changes: dict, zero: dict) -> int:
+    """How many Python frames torch.compile has taken while one step ran."""
+    from torch._dynamo.utils import counters
 
-    print(run_steps(json.loads(sys.argv[1]), {"zero_optimization": json.loads(sys.argv[2])}))
+    before = counters["frames"]["total"]
+    run_steps(changes, zero, steps=1)
+    return counters["frames"]["total"] - before

@@ -9,7 +9,7 @@ import pytest
 
 from htc_megatron.config_io import load_zero
 from htc_megatron.parallel.support import REFERENCE, TESTED, Layout
-from tests.parity_worker import run_steps
+from tests.parity_worker import frames_compiled, run_steps
 
 TOLERANCE = 1e-5
 
@@ -48,6 +48,11 @@ def one_process(ranks):
 @pytest.mark.parametrize("layout", TESTED, ids=str)
 def test_equals_one_process(ranks, one_process, layout):
     assert_same(steps_of(ranks, layout), one_process)
+
+
+def test_nothing_is_compiled_as_it_runs(ranks):
+    """torch.compile compiles again as shapes come along, so the bits of a step would depend on what its process did before."""
+    assert ranks(1).run(frames_compiled, {}, load_zero("zero1.json")) == [0]
 
 
 def test_dense_attention_is_the_same_model(ranks, one_process):

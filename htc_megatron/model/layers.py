@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,6 +19,15 @@ from htc_megatron.config import RunConfig
 from htc_megatron.model.attention import FullAttention, LayoutAttention
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's x * sigmoid(1.702 x), any shape.
+
+    mcore's own is wrapped in torch.compile: compiled again as shapes come along, it rounds by what a process has seen before,
+    so a resumed run would leave the uninterrupted one; and on CPU it needs a C++ compiler.
+    """
+    return x * torch.sigmoid(1.702 * x)
 
 
 class RMSNorm(nn.Module):
