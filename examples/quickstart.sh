@@ -3,7 +3,7 @@
 #
 # Makes .venv, installs what is missing, and takes easy-VQA (PyPI) through the whole way of a user on two CPU cores: prepare the
 # data, train MGVQ, train HTC-VLM on four processes (PP 2 x DP 2, ZeRO-3), export to Hugging Face, evaluate the official test split,
-# ask, draw the voco token's attention. key=value goes to the training, such as training.train_iters=100.
+# ask, draw the voco token's attention. key=value goes to the last stage of training, such as training.train_iters=100.
 #
 # Every run starts anew, so that its figures belong together; the run before it is kept as runs/quickstart.previous.
 set -euo pipefail
@@ -24,7 +24,7 @@ phase() { # phase NAME HEADLINE COMMAND...: runs the command and notes its secon
     local name="$1" headline="$2" began="$EPOCHREALTIME"
     shift 2
     phase_number=$((phase_number + 1))
-    printf '\n== %d/9 %s\n' "$phase_number" "$headline"
+    printf '\n== %d/10 %s\n' "$phase_number" "$headline"
     "$@"
     awk -v name="$name" -v began="$began" -v ended="$EPOCHREALTIME" \
         'BEGIN { printf "%s %.1f\n", name, ended - began }' >>"$run/phases.txt"
@@ -51,14 +51,17 @@ train() { # train NAME RECIPE [key=value ...]
     torchrun --nproc-per-node 4 --master-addr 127.0.0.1 --master-port "$(free_port)" --log-dir "$run/logs/$name" \
         pretrain/pretrain_htc.py --config "pretrain/recipes/$recipe" "$@"
 }
-prepare_both() {
+prepare_all() {
     prepare align align.json
+    prepare shapes shapes.json
     prepare instruct train.json
 }
 
-phase prepare "Tokenise the conversations and encode every image once" prepare_both
-phase align "Train on 4 processes, PP 2 x DP 2, ZeRO-3: shapes, uncompressed" train align quickstart_align.yaml
-phase instruct "Train on 4 processes, PP 2 x DP 2, ZeRO-3: all questions, through one voco token" train instruct quickstart.yaml "$@"
+layout="4 processes, PP 2 x DP 2, ZeRO-3"
+phase prepare "Tokenise the conversations and encode every image once" prepare_all
+phase align "Train on $layout: shapes, uncompressed" train align quickstart_align.yaml
+phase shapes "Train on $layout: shapes, through one voco token" train shapes quickstart_shapes.yaml
+phase instruct "Train on $layout: all questions, through one voco token" train instruct quickstart.yaml "$@"
 phase export "Export to Hugging Face" \
     python tools/convert.py export "$run/checkpoints" "$run/hf" --system ""
 phase evaluation "Evaluate the official test split through the exported model" \

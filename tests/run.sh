@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 ruff check .
+ruff format --check .
 exec python -m pytest "$@"

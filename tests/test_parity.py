@@ -50,9 +50,13 @@ def test_equals_one_process(ranks, one_process, layout):
     assert_same(steps_of(ranks, layout), one_process)
 
 
-def test_nothing_is_compiled_as_it_runs(ranks):
+@pytest.mark.parametrize(
+    "layout", [REFERENCE, Layout(tp=2, pp=2, zero=3, sequence_parallel=True, recompute="selective", reduce_once=True)], ids=str
+)
+def test_nothing_is_compiled_as_it_runs(ranks, layout):
     """torch.compile compiles again as shapes come along, so the bits of a step would depend on what its process did before."""
-    assert ranks(1).run(frames_compiled, {}, load_zero("zero1.json")) == [0]
+    compiled = ranks(layout.world_size).run(frames_compiled, changes_of(layout), load_zero(f"zero{layout.zero}.json"))
+    assert compiled == [0] * layout.world_size
 
 
 def test_dense_attention_is_the_same_model(ranks, one_process):

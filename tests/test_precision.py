@@ -1,5 +1,6 @@
 """bf16 follows fp32: the quick start's model and data, PP 2 x DP 2 under ZeRO-3, 200 steps."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from htc_megatron.config_io import load_config, to_yaml
 from htc_megatron.data.conversation import Template
 from htc_megatron.data.prepare import CodeEncoder, Preparation, prepare
 from htc_megatron.data.tokenizer import load_tokenizer
-from htc_megatron.evaluation.easy_vqa import train_tokenizer, write_llava
+from htc_megatron.evaluation.easy_vqa import conversations, load_questions, train_tokenizer, write_images
 from htc_megatron.model.mgvq import build_mgvq, load_mgvq, mgvq_fingerprint, save_mgvq
 from tests.train_worker import train
 
@@ -22,12 +23,10 @@ STEPS, WINDOW = 200, 20
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> Path:
     """The quick start's run with an untrained MGVQ: its codes are as good as others for comparing precisions."""
-    import json
-
     folder = tmp_path_factory.mktemp("quickstart")
     config = load_config(RECIPE)
-    write_llava(folder, "train", 1)
-    records = json.loads((folder / "train.json").read_text())
+    write_images(folder, "train")
+    records = conversations(load_questions("train"))
     train_tokenizer(records, folder / "tokenizer.model", config.model.backbone.vocab_size - 1)
     (folder / "some.json").write_text(json.dumps(records[:3000]))
     torch.manual_seed(0)

@@ -4,7 +4,6 @@
 and test. Three quarters of the answers are yes or no, so a figure for all questions says little without those by type.
 """
 
-import json
 import random
 import shutil
 from collections import Counter
@@ -35,6 +34,11 @@ class Question:
     def type(self) -> str:
         """yes/no, shape or color: what kind of answer the question wants."""
         return "yes/no" if self.answer in ("yes", "no") else "shape" if self.answer in SHAPES else "color"
+
+    @property
+    def about_shape(self) -> bool:
+        """Whether the shape decides the answer: "what shape is it?", "is there a circle?"; not "what color is the circle?"."""
+        return self.type == "shape" or (self.type == "yes/no" and not SHAPES.isdisjoint(self.text.rstrip("?").split()))
 
 
 def load_questions(split: Split) -> list[Question]:
@@ -73,15 +77,12 @@ def conversations(questions: Iterable[Question], questions_per_sample: int = 1, 
     return records
 
 
-def write_llava(folder: str | Path, split: Split, questions_per_sample: int, seed: int = 0) -> None:
-    """Write folder/{split}.json and folder/{split}/ with the images, as `tools/prepare_data.py` takes them."""
-    folder = Path(folder)
-    images = folder / split
+def write_images(folder: str | Path, split: Split) -> None:
+    """Copy a split's images to folder/{split}/, each under the name that `conversations` gives it."""
+    images = Path(folder) / split
     images.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(tqdm(image_paths(split), desc=f"{split} images", unit=" images", mininterval=0.5)):
         shutil.copyfile(path, images / f"{number}.png")
-    records = conversations(load_questions(split), questions_per_sample, seed)
-    (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def train_tokenizer(records: Iterable[dict], path: str | Path, vocab_size: int = 400, system_prompt: str = "") -> int:
