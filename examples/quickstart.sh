@@ -58,7 +58,7 @@ prepare_all() {
 }
 
 layout="4 processes, PP 2 x DP 2, ZeRO-3"
-phase prepare "Tokenise the conversations and encode every image once" prepare_all
+phase prepare "Tokenise the conversations and encode their images" prepare_all
 phase align "Train on $layout: shapes, uncompressed" train align quickstart_align.yaml
 phase shapes "Train on $layout: shapes, through one voco token" train shapes quickstart_shapes.yaml
 phase instruct "Train on $layout: all questions, through one voco token" train instruct quickstart.yaml "$@"

@@ -149,3 +149,14 @@ def test_another_model_is_not_resumed(ranks, run, tmp_path):
     ranks(1).run(train, str(run), overrides)
     with pytest.raises(Exception, match="another model"):
         ranks(1).run(train, str(run), [*overrides, "model.backbone.rotary_base=500"])
+
+
+@pytest.mark.parametrize("change", ["training.global_batch_size=8", "training.seq_length=400", "data.seed=4", "data.shuffle=false"])
+def test_a_run_in_another_order_is_not_resumed(ranks, run, tmp_path_factory, change):
+    """The data's position is the step number, so whatever decides the order must stay as it was."""
+    folder = tmp_path_factory.getbasetemp() / "one_order"
+    overrides = [f"output_dir={folder}", "training.train_iters=1"]
+    if not folder.exists():
+        ranks(1).run(train, str(run), overrides)
+    with pytest.raises(Exception, match=f"{change.split('=')[0]}: got .* wanted .*step_00000001"):
+        ranks(1).run(train, str(run), [*overrides, "training.train_iters=2", change])

@@ -44,6 +44,17 @@ def check_files(config: RunConfig) -> None:
         resolve(config.init_from)
 
 
+def check_same_order(saved: RunConfig, config: RunConfig, source: Path) -> None:
+    """Refuse to resume where the data's order would be another: the checkpoint's position in it, a step number, would mean nothing."""
+    for section, name in (("training", "global_batch_size"), ("training", "seq_length"), ("data", "seed"), ("data", "shuffle")):
+        seen, wanted = getattr(getattr(config, section), name), getattr(getattr(saved, section), name)
+        if seen != wanted:
+            raise ConfigError(
+                f"{section}.{name}: got {seen}, wanted {wanted} as in {source}, whose place in the data it decides; to start anew from its "
+                "weights, name it in init_from and set another output_dir"
+            )
+
+
 class Trainer:
     """Everything one rank needs for a run. Made and run by every rank alike."""
 
@@ -75,6 +86,7 @@ class Trainer:
             loaded = load(found, self.state)
             if loaded.config.model != config.model:
                 raise ConfigError(f"{found} holds another model than the configuration describes: resume with its own model section")
+            check_same_order(loaded.config, config, found)
             if loaded.rng is not None:
                 set_rng_state(loaded.rng)
             return loaded.step
