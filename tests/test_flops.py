@@ -11,7 +11,7 @@ from htc_megatron.model.layout import ImageShape
 from htc_megatron.model.mask import MaskRule, dense_mask
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.training.build import build_engine
-from htc_megatron.training.flops import attention_pairs, step_flops
+from htc_megatron.training.flops import attention_pairs, peak_flops, step_flops
 from tests.parity_worker import micro_batch, tiny_config
 from tests.test_attention import RULES, build
 
@@ -56,3 +56,10 @@ def test_backward_costs_twice_the_forward_where_all_is_trained():
     config, batch = tiny_config(), micro_batch(tiny_config(), 0)
     alone = tiny_config(training__freeze=["vision", "projector", "anchors", "voco", "backbone"])
     assert step_flops(config, [batch]) == pytest.approx(3 * step_flops(alone, [batch]))
+
+
+def test_measuring_the_peak_draws_nothing_from_the_run():
+    """It runs after a resumed run's random state was restored, which must stay what the checkpoint says."""
+    before = torch.get_rng_state()
+    assert peak_flops(torch.device("cpu"), torch.float32) > 0
+    assert torch.equal(torch.get_rng_state(), before)

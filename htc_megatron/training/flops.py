@@ -103,7 +103,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if known in name:
                 return peak
     size = 512 if device.type == "cpu" else 4096
-    a = torch.randn(size, size, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)  # its own: the run's random state may have just been restored
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     best = 0.0
     for _ in range(5):
         began = time.perf_counter()
