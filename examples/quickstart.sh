@@ -51,10 +51,14 @@ train() { # train NAME RECIPE [key=value ...]
     torchrun --nproc-per-node 4 --master-addr 127.0.0.1 --master-port "$(free_port)" --log-dir "$run/logs/$name" \
         pretrain/pretrain_htc.py --config "pretrain/recipes/$recipe" "$@"
 }
-prepare_all() {
-    prepare align align.json
-    prepare shapes shapes.json
+prepare_all() { # side by side on the two cores; the longest shows its progress
+    { prepare align align.json && prepare shapes shapes.json; } >"$run/prepare.log" 2>&1 &
+    local beside=$!
     prepare instruct train.json
+    wait "$beside" || {
+        cat "$run/prepare.log" >&2
+        return 1
+    }
 }
 
 layout="4 processes, PP 2 x DP 2, ZeRO-3"
