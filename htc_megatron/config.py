@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclass(config=STRICT)
 class BackboneConfig:
-    """LLaMA-style decoder: RoPE, RMSNorm, SwiGLU, grouped-query attention, untied output. Defaults: Vicuna-7B."""
+    """LLaMA-style decoder: RoPE, RMSNorm, SwiGLU, grouped-query attention. Defaults: Vicuna-7B."""
 
     num_layers: int = 32
     hidden_size: int = 4096
@@ -32,6 +32,7 @@ class BackboneConfig:
     norm_epsilon: float = 1e-5
     qkv_bias: bool = False  # Qwen2 has it; decides whether the export is a Llama or a Qwen2 backbone
     max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False  # the output layer is the embedding's matrix (Qwen2.5 up to 3B); its export is untied all the same
 
 
 @dataclass(config=STRICT)

@@ -13,6 +13,7 @@ from htc_megatron.model.layers import backbone_config, backbone_spec, vision_con
 from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
 from htc_megatron.model.mask import MaskRule
 from htc_megatron.model.naming import is_decayed
+from htc_megatron.parallel.tied import TiedEmbedding
 from htc_megatron.weights.table import padded_vocab_size
 
 # What `training.freeze` may name, and the parameters it means. The codebook is frozen always.
@@ -63,8 +64,20 @@ class HTCVLM(nn.Module):
         )
         if last:
             self.backbone.output_layer.sequence_parallel = False  # it is given gathered rows: only those that carry loss
+        self.tied = self._tie(config) if model.backbone.tie_word_embeddings and (first or last) else None
         self.rotary_base = model.backbone.rotary_base
         self._freeze(config)
+
+    def _tie(self, config: RunConfig) -> TiedEmbedding:
+        """Let the output layer use the embedding's matrix: it has no weight of its own then, on any stage."""
+        shape = (self.padded_vocab // config.parallel.tensor_model_parallel_size, config.model.backbone.hidden_size)
+        trained = "backbone" not in config.training.freeze
+        tied = TiedEmbedding(self.first, self.last, shape, self.config.params_dtype, self.device, trained)
+        if self.last:  # mcore's own sharing would keep a second parameter on the last stage
+            self.backbone.output_layer.register_parameter("weight", None)
+        if self.first:
+            tied.attach(self.backbone.embedding.word_embeddings, self.backbone.output_layer if self.last else None)
+        return tied
 
     def _freeze(self, config: RunConfig) -> None:
         prefixes = tuple(COMPONENTS[name] for name in config.training.freeze)
@@ -178,7 +191,8 @@ class HTCVLM(nn.Module):
 
     def _local_logits(self, hidden: Tensor) -> Tensor:
         """This TP rank's columns in fp32; padding columns are closed, so that they take no probability in any layout."""
-        logits = self.backbone.output_layer(hidden)[0].float()
+        weight = None if self.tied is None else self.tied.weight  # None: the layer's own
+        logits = self.backbone.output_layer(hidden, weight=weight)[0].float()
         if self.padded_vocab > self.vocab_size:
             width = logits.shape[-1]
             columns = self.tp_rank * width + torch.arange(width, device=logits.device)

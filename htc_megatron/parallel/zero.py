@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.parallel import patches
 from htc_megatron.parallel.groups import Groups
+from htc_megatron.parallel.tied import TiedEmbedding
 
 
 class ZeroMpu:
@@ -71,8 +72,8 @@ class ZeroEngine:
     """One stage's module under ZeRO.
 
     Args:
-        build: makes the stage's module; under ZeRO-3 each layer is cut as soon as it stands, so no rank ever holds more
-            than its share and one layer.
+        build: makes the stage's module, whose `tied` is its TiedEmbedding or None; under ZeRO-3 each layer is cut as soon as
+            it stands, so no rank ever holds more than its share and one layer.
         fill: fills a new module's weights, given parameter by parameter (whole TP shares, gathered under ZeRO-3).
         make_optimizer: parameters' module -> torch optimizer over the trainable ones.
         zero: the DeepSpeed JSON as read by `load_zero`.
@@ -110,6 +111,7 @@ class ZeroEngine:
         engine, optimizer, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(module), mpu=mpu, config=ds_config)
         self.engine, self.optimizer = engine, optimizer
         self.module = module
+        self.tied: TiedEmbedding | None = module.tied
         engine.config = module.config  # where mcore's schedules look for it
         patches.count_norm_by_tp_rank(engine, groups.tp_rank)  # mend 4
         patches.before_backward(engine, self._before_backward)
@@ -127,11 +129,16 @@ class ZeroEngine:
     def _before_backward(self) -> None:
         patches.clear_seen_flag(self.engine)  # mend 2
         self._backwards += 1
-        self.engine.set_gradient_accumulation_boundary(self._backwards == self._micro_batches)
+        final = self._backwards == self._micro_batches
+        self.engine.set_gradient_accumulation_boundary(final)
+        if self.tied is not None:
+            self.tied.due = final
 
     def _schedule(self, forward_step: Callable, batches: Iterator, count: int, shape: tuple[int, int], forward_only: bool) -> list:
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+        if self.tied is not None:
+            self.tied.send_weight(self.whole)
         rows, seq_length = shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -149,6 +156,8 @@ class ZeroEngine:
         self._backwards, self._micro_batches = 0, count
         with self.engine.coalesce_grad_reduction() if self.reduce_once else nullcontext():
             reports = self._schedule(forward_step, batches, count, shape, forward_only=False)
+            if self.tied is not None:
+                self.tied.send_gradient()
         if self._backwards not in (0, count):
             raise RuntimeError(f"{self._backwards} backward passes ran for {count} micro-batches")
         return reports

@@ -24,7 +24,7 @@ from htc_megatron.weights.table import Weight, weights
 from htc_megatron.weights.tokenizer import export_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MGVQ_PREFIX = "model.mgvq."
+MGVQ_PREFIX, LM_HEAD = "model.mgvq.", "lm_head.weight"
 EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
 CODE_FILES = ("configuration_htc_vlm", "mask_htc_vlm", "modeling_htc_vlm", "modeling_mgvq", "processing_htc_vlm")
 AUTO_CONFIG = {
@@ -110,6 +110,8 @@ def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[s
         if weight.name == VOCO:
             continue
         value = tensor(weight.name)
+        if weight.name == EMBEDDING and model.backbone.tie_word_embeddings:
+            yield LM_HEAD, value  # the output layer's own from here on: its voco row is the table's, the embedding's is not
         if weight.name == EMBEDDING and VOCO in table:
             row = tensor(VOCO)
             to_hf(table[VOCO], row)  # checks its shape; it has no tensor of its own there
@@ -211,6 +213,8 @@ def planned_entries(model: ModelConfig, settings: HTCVLMConfig, mgvq: dict[str, 
 
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights(model):
+        if weight.name == EMBEDDING and model.backbone.tie_word_embeddings:
+            shapes[LM_HEAD] = weight.shape
         shapes |= {name: tuple(tensor.shape) for name, tensor in to_hf(weight, nothing(weight)).items()}
     shapes |= {MGVQ_PREFIX + name: tuple(tensor.shape) for name, tensor in (mgvq or {}).items() if MGVQ_PREFIX + name not in shapes}
     with torch.device("meta"):

@@ -56,7 +56,7 @@ TABLE: tuple[tuple[str, str, Rule, str, str], ...] = (
     (_DEC_I + "mlp.linear_fc1.weight", "2 F H", "gated", _LLM_I + "mlp.{x}_proj.weight", ""),
     (_DEC_I + "mlp.linear_fc2.weight", "H F", "row", _LLM_I + "mlp.down_proj.weight", ""),
     ("backbone.decoder.final_layernorm.weight", "H", "replicated", _LLM + "norm.weight", ""),
-    ("backbone.output_layer.weight", "V H", "vocab", "lm_head.weight", ""),
+    ("backbone.output_layer.weight", "V H", "vocab", "lm_head.weight", "untied"),
 )
 _PARTS = {"qkv": ("q", "k", "v"), "gated": ("gate", "up")}
 
@@ -139,6 +139,7 @@ def weights(model: ModelConfig) -> list[Weight]:
         "continuous": continuous,
         "mlp": continuous and method.projector == "mlp2x_gelu",
         "qkv_bias": bb.qkv_bias,
+        "untied": not bb.tie_word_embeddings,
     }
     head_dim = bb.hidden_size // bb.num_attention_heads
     sizes = {"H": bb.hidden_size, "F": bb.ffn_hidden_size, "V": bb.vocab_size}
