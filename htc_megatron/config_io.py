@@ -28,15 +28,15 @@ Config = TypeVar("Config")
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names of constraints
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), kind: type[Config] = RunConfig) -> Config:
-    """The configuration in a YAML file, with `a.b.c=value` overrides (values are YAML too) on top.
+def load_config(path: str | Path | None, overrides: Iterable[str] = (), kind: type[Config] = RunConfig) -> Config:
+    """The configuration in a YAML file (None: the defaults), with `a.b.c=value` overrides (values are YAML too) on top.
 
     kind: the dataclass that is wanted. Types are validated; what fits together is `check`'s to say. Raises ConfigError.
     """
-    tree = _read_with_base(Path(path), ())
+    tree = _read_with_base(Path(path), ()) if path is not None else {}
     for override in overrides:
         _override(tree, override)
-    return from_dict(tree, kind, str(path))
+    return from_dict(tree, kind, str(path or ""))
 
 
 def from_dict(tree: dict, kind: type[Config] = RunConfig, source: str = "") -> Config:

@@ -132,7 +132,9 @@ def test_wrong_tokenizers_are_refused(model_file, tmp_path):
     with pytest.raises(ConfigError, match=f"voco_token_id is 32000, but it has <voco> at id {tokenizer.voco_token_id}"):
         check_tokenizer(tokenizer.vocab_size, tokenizer.voco_token_id, model, "it")
     model.method.voco_token_id = tokenizer.voco_token_id
-    with pytest.raises(ConfigError, match=f"vocab_size is 32001, but it has {tokenizer.vocab_size} tokens"):
+    check_tokenizer(tokenizer.vocab_size, tokenizer.voco_token_id, model, "it")  # spare rows of an imported vocabulary
+    model.backbone.vocab_size = tokenizer.vocab_size - 1
+    with pytest.raises(ConfigError, match=f"vocab_size is {tokenizer.vocab_size - 1}, but it has {tokenizer.vocab_size} tokens"):
         check_tokenizer(tokenizer.vocab_size, tokenizer.voco_token_id, model, "it")
     (tmp_path / "broken.model").write_text("no model")
     (tmp_path / "empty").mkdir()

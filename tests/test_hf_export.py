@@ -55,6 +55,9 @@ class Memory:
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
 
 def made(folder: Path, precision: str = "fp32", seed: int = 0, **method):
     """A run's configuration and weights, with its tokenizer and MGVQ on disk."""
@@ -221,7 +224,7 @@ def test_bad_exports_are_refused_and_leave_nothing(tmp_path, change, sentence):
 
 def test_dtype_is_one_of_three(tmp_path):
     reader, _ = made(tmp_path)
-    with pytest.raises(ConfigError, match="dtype is 'int8'; wanted one of fp32, bf16, fp16"):
+    with pytest.raises(ConfigError, match="dtype is 'int8'; wanted one of fp32, bf16, fp16, stored"):
         export(reader, tmp_path / "hf", dtype="int8")
 
 

@@ -91,7 +91,7 @@ def test_full_size_export_fits_the_model_that_loads_it(qkv_bias):
     model = ModelConfig(backbone=BackboneConfig(qkv_bias=qkv_bias))
     with torch.device("meta"):
         mgvq = MGVQ(encoder_only=True).state_dict()
-    entries = planned_entries(model, hf_config(model), mgvq, torch.bfloat16)
+    entries = planned_entries(model, hf_config(model), mgvq, lambda name: torch.bfloat16)
     assert len({entry.name for entry in entries}) == len(entries) == 789 + 96 * qkv_bias
     files = plan_files(entries, 5 * 10**9)
     assert [sum(entry.nbytes for entry in group) <= 5 * 10**9 for group in files.values()] == [True] * 3

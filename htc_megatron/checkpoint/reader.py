@@ -67,6 +67,10 @@ class CheckpointReader:
         """Stored global shape of a weight."""
         return self._stored(f"model/{name}").shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a weight: fp32 where a run wrote it, the source's where it was imported."""
+        return DTYPES[self._stored(f"model/{name}").dtype]
+
     def tensor(self, name: str) -> Tensor:
         """A weight in its stored global form, on the CPU, in the stored type."""
         return self.read(f"model/{name}")

@@ -20,13 +20,15 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     bos_token_id: int, or None where the vocabulary has none (Qwen2). eos_token_id: int. voco_token_id: int.
-    vocab_size: rows of the embedding table, the voco row included.
+    knows_voco: whether its own files name <voco>; else the id is the first one behind its vocabulary.
+    vocab_size: rows of the embedding table that it needs, the voco row included.
     fingerprint: sha256 of the files that decide the ids.
     """
 
     bos_token_id: int | None
     eos_token_id: int
     voco_token_id: int
+    knows_voco: bool
     vocab_size: int
     fingerprint: str
 
@@ -78,7 +80,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise ConfigError(f"tokenizer {path}: not a sentencepiece model: {error}") from None
         base = self.processor.get_piece_size()
         known = self.processor.piece_to_id(VOCO_TOKEN)
-        self.voco_token_id = known if self.processor.id_to_piece(known) == VOCO_TOKEN else base
+        self.knows_voco = self.processor.id_to_piece(known) == VOCO_TOKEN
+        self.voco_token_id = known if self.knows_voco else base
         self.vocab_size = max(base, self.voco_token_id + 1)
         self.bos_token_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.eos_token_id = self.processor.eos_id()
@@ -106,7 +109,9 @@ class FolderTokenizer(Tokenizer):
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(f"tokenizer {path}: transformers cannot load it: {str(error).splitlines()[0]}") from None
         base = len(self.tokenizer)
-        self.voco_token_id = self.tokenizer.get_vocab().get(VOCO_TOKEN, base)
+        words = self.tokenizer.get_vocab()
+        self.knows_voco = VOCO_TOKEN in words
+        self.voco_token_id = words.get(VOCO_TOKEN, base)
         self.vocab_size = max(base, self.voco_token_id + 1)
         self.bos_token_id = self.tokenizer.bos_token_id
         self.eos_token_id = self.tokenizer.eos_token_id
@@ -138,7 +143,7 @@ def check_tokenizer(vocab_size: int, voco_token_id: int, model: ModelConfig, sou
         raise ConfigError(
             f"model.method.voco_token_id is {model.method.voco_token_id}, but {source} has <voco> at id {voco_token_id}: set it to that"
         )
-    if vocab_size != model.backbone.vocab_size:
+    if vocab_size > model.backbone.vocab_size:  # fewer are right: imported vocabularies have spare rows (Qwen2.5, llava-hf)
         raise ConfigError(
             f"model.backbone.vocab_size is {model.backbone.vocab_size}, but {source} has {vocab_size} tokens with <voco>: set it to that"
         )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from htc_megatron.weights.safetensors_stream import Entry, write_files
 from htc_megatron.weights.table import Weight, weights
 from htc_megatron.weights.tokenizer import export_tokenizer
 
+STORED = "stored"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MGVQ_PREFIX, LM_HEAD = "model.mgvq.", "lm_head.weight"
 EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
@@ -45,6 +47,8 @@ class Reader(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
 
+    def dtype(self, name: str) -> torch.dtype: ...
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -54,6 +58,10 @@ class Exported:
     files: list[str]
     num_tensors: int
     num_parameters: int
+
+    @classmethod
+    def of(cls, folder: Path, files: list[str], entries: list[Entry]) -> "Exported":
+        return cls(folder, files, len(entries), sum(entry.nbytes // entry.dtype.itemsize for entry in entries))
 
 
 def hf_config(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HTCVLMConfig:
@@ -71,7 +79,7 @@ def hf_config(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HTCVLMC
     )
     names = ("channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees")
     return HTCVLMConfig(
-        text_config=_text_config(model.backbone),
+        text_config=text_config(model.backbone),
         vision_config=clip,
         mgvq_config={name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.mgvq).items()},
         image_token_id=method.voco_token_id,
@@ -80,7 +88,7 @@ def hf_config(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HTCVLMC
     )
 
 
-def _text_config(backbone: BackboneConfig) -> LlamaConfig | Qwen2Config:
+def text_config(backbone: BackboneConfig) -> LlamaConfig | Qwen2Config:
     common: dict[str, Any] = dict(
         vocab_size=backbone.vocab_size,
         hidden_size=backbone.hidden_size,
@@ -163,18 +171,13 @@ def export(
 ) -> Exported:
     """Write the checkpoint behind `reader` as a Hugging Face folder `out`, which must not exist yet.
 
-    mgvq, tokenizer: files, if others than the run's own. dtype: fp32 | bf16 | fp16, by default the run's precision; MGVQ stays in
-    fp32. system: system prompt of the chat template. Everything is checked before a byte is written, the folder appears only
-    when it is complete. Raises ConfigError.
+    mgvq, tokenizer: files, if others than the run's own. dtype: fp32 | bf16 | fp16 | stored (each weight in the checkpoint's type),
+    by default the run's precision; MGVQ stays in fp32. system: system prompt of the chat template. Everything is checked before a
+    byte is written, and the folder appears only when it is complete. Raises ConfigError.
     """
-    out, config = Path(out), reader.config
+    config = reader.config
     model = config.model
-    if out.exists():
-        raise ConfigError(f"{out} exists already; wanted a new folder to export to")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype or config.training.precision]
-    _check_names(model, reader.names)
+    out, kind_of = check_export(reader, out, dtype)
     words = export_tokenizer(tokenizer or config.tokenizer, model.method.voco_token_id, model.backbone.vocab_size)
     frozen = None
     if model.method.channels != "continuous":
@@ -182,20 +185,42 @@ def export(
         if not path:
             raise ConfigError("the model has a discrete channel, so the export needs the MGVQ file that its codes were made with (--mgvq)")
         frozen = load_mgvq(path, model.mgvq, encoder_only=True).state_dict()
-    settings = hf_config(model, kind)
-    entries = planned_entries(model, settings, frozen, kind)
+    settings = hf_config(model, kind_of(EMBEDDING))
+    entries = planned_entries(model, settings, frozen, kind_of)
 
+    with new_folder(out) as temporary:
+        kinds = {entry.name: entry.dtype for entry in entries}
+        stream = ((name, tensor.to(kinds[name])) for name, tensor in hf_tensors(model, reader.tensor, frozen))
+        files = write_files(temporary, entries, progress(stream), shard_bytes)
+        _write_settings(temporary, settings, words, system)
+    return Exported.of(out, files, entries)
+
+
+def check_export(reader: Reader, out: str | Path, dtype: str | None) -> tuple[Path, Callable[[str], torch.dtype]]:
+    """Refuse what no export of `reader` to `out` can be. Returns the new folder's path and the type of each weight by its name."""
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out} exists already; wanted a new folder to export to")
+    if dtype is not None and dtype not in (*DTYPES, STORED):
+        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join((*DTYPES, STORED))}")
+    _check_names(reader.config.model, reader.names)
+    if dtype == STORED:
+        return out, reader.dtype
+    kind = DTYPES[dtype or reader.config.training.precision]
+    return out, lambda name: kind
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name at the end of the block, and is gone after an error in it."""
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     temporary.mkdir(parents=True)
     try:
-        stream = ((name, tensor.to(_dtype(name, kind))) for name, tensor in hf_tensors(model, reader.tensor, frozen))
-        files = write_files(temporary, entries, progress(stream), shard_bytes)
-        _write_settings(temporary, settings, words, system)
+        yield temporary
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Exported(out, files, len(entries), sum(entry.nbytes // entry.dtype.itemsize for entry in entries))
 
 
 def _check_names(model: ModelConfig, found: Iterable[str]) -> None:
@@ -205,17 +230,25 @@ def _check_names(model: ModelConfig, found: Iterable[str]) -> None:
         raise ConfigError(f"the checkpoint's weights are not those of its configuration; {'; '.join(faults)}")
 
 
-def planned_entries(model: ModelConfig, settings: HTCVLMConfig, mgvq: dict[str, Tensor] | None, dtype: torch.dtype) -> list[Entry]:
-    """All tensors in the order in which they will come; they must be exactly those of the model that will load them."""
+def planned_entries(
+    model: ModelConfig, settings: HTCVLMConfig, mgvq: dict[str, Tensor] | None, kind_of: Callable[[str], torch.dtype]
+) -> list[Entry]:
+    """All tensors in the order in which they will come; they must be exactly those of the model that will load them.
+
+    kind_of: type of a weight by its global name.
+    """
 
     def nothing(weight: Weight) -> Tensor:
         return torch.empty(weight.shape, device="meta")
 
     shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, torch.dtype] = {}
     for weight in weights(model):
+        parts = {name: tuple(tensor.shape) for name, tensor in to_hf(weight, nothing(weight)).items()}
         if weight.name == EMBEDDING and model.backbone.tie_word_embeddings:
-            shapes[LM_HEAD] = weight.shape
-        shapes |= {name: tuple(tensor.shape) for name, tensor in to_hf(weight, nothing(weight)).items()}
+            parts = {LM_HEAD: weight.shape, **parts}
+        shapes |= parts
+        kinds |= {name: _dtype(name, kind_of(weight.name)) for name in parts}
     shapes |= {MGVQ_PREFIX + name: tuple(tensor.shape) for name, tensor in (mgvq or {}).items() if MGVQ_PREFIX + name not in shapes}
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in HTCVLMForConditionalGeneration(settings).state_dict().items()}
@@ -223,7 +256,7 @@ def planned_entries(model: ModelConfig, settings: HTCVLMConfig, mgvq: dict[str, 
     if faults:
         listed = ", ".join(f"{name} (written {shapes.get(name)}, wanted {wanted.get(name)})" for name in faults)
         raise ConfigError(f"the export does not fit the model that loads it: {listed}")
-    return [Entry(name, shape, _dtype(name, dtype)) for name, shape in shapes.items()]
+    return [Entry(name, shape, kinds.get(name, torch.float32)) for name, shape in shapes.items()]
 
 
 def _write_settings(folder: Path, settings: HTCVLMConfig, tokenizer: PreTrainedTokenizerBase, system: str) -> None:

@@ -99,6 +99,11 @@ class Partition:
     size: tuple[int, ...]
 
 
+def hf_names(rule: Rule, hf: str) -> list[str]:
+    """Names of the tensors that a row stands for in the export, `{i}` left open."""
+    return [hf.replace("{x}", x) for x in _PARTS.get(rule, ("",))] if hf else []
+
+
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Rows of the embedding over all TP ranks: the next multiple of `tp_size`. Rows beyond `vocab_size` are never stored."""
     return -(-vocab_size // tp_size) * tp_size
@@ -160,6 +165,6 @@ def weights(model: ModelConfig) -> list[Weight]:
         shape = tuple(int(s) if s.isdigit() else sizes[s] for s in symbols.split())
         qkv = next(value for key, value in heads.items() if name.startswith(key)) if rule == "qkv" else ()
         for i in range(layers):
-            theirs = tuple(hf.format(i=i, x=x) for x in _PARTS.get(rule, ("",))) if hf else ()
+            theirs = tuple(x.replace("{i}", str(i)) for x in hf_names(rule, hf))
             found.append(Weight(name.format(i=i), shape, rule, theirs, *qkv))
     return found
