@@ -132,9 +132,7 @@ def _runner(path: Path, found: Recognised) -> Runner:
     if found.family is LLAVA_LLAMA:  # transformers has no class of this form: its language model alone
         values = {key: value for key, value in found.config.items() if key not in ("model_type", "architectures")}
         return Runner(LlamaForCausalLM.from_pretrained(path, config=LlamaConfig(**values), **options))
-    if "backbone" in found.parts:
-        return Runner(AutoModelForCausalLM.from_pretrained(path, **options))
-    raise ConfigError(f"{path} is {found.family.title}, which gives no logits; --no-logits compares tensors alone")
+    return Runner(AutoModelForCausalLM.from_pretrained(path, **options))
 
 
 def open_model(path: str | Path) -> Checkpoint | Folder:
@@ -225,7 +223,7 @@ def compare_logits(
 
     Both models read the same random token ids, behind the same picture if both can see. One of them is in memory at a time.
     """
-    size = min(next(len_of(model, name) for name in VOCABULARY if name in model.names) for model in (a, b))
+    size = min(_vocabulary(model) for model in (a, b))
     generator = torch.Generator().manual_seed(seed)
     taken = {model.voco_id for model in (a, b)} | {m.found.config.get("image_token_index") for m in (a, b) if isinstance(m, Folder)}
     ids = [i for i in torch.randint(3, size, (LENGTH,), generator=generator).tolist() if i not in taken]
@@ -244,11 +242,13 @@ def _sees(model: Checkpoint | Folder) -> bool:
     return isinstance(model, Checkpoint) or model.found.family in (HTC, LLAVA)
 
 
-def len_of(model: Checkpoint | Folder, name: str) -> int:
-    """Rows of a vocabulary matrix, without reading it."""
+def _vocabulary(model: Checkpoint | Folder) -> int:
+    """Rows of the embedding."""
     if isinstance(model, Checkpoint):
-        return model.owner[name].shape[0]
-    return model.found.source.shapes[model.found.names[name]][0]
+        return model.model.backbone.vocab_size
+    if "backbone" not in model.found.parts:
+        raise ConfigError(f"{model.path} is {model.found.family.title}, which gives no logits; --no-logits compares tensors alone")
+    return model.found.source.shapes[model.found.names[VOCABULARY[0]]][0]
 
 
 def report(found: Comparison, tolerance: float, listed: int = 12) -> Iterator[str]:
