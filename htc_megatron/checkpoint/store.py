@@ -5,6 +5,8 @@ the boxes of all ranks make up every tensor, writes the manifest and only then g
 rank reads the boxes it needs from whatever files hold them.
 """
 
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from htc_megatron.checkpoint.reader import SUFFIX, CheckpointReader
 from htc_megatron.checkpoint.shards import Place, State
 from htc_megatron.checkpoint.together import Together
 from htc_megatron.config import RunConfig
+
+NICE = 10  # of the writing thread
 
 
 @dataclass
@@ -74,6 +78,8 @@ class PendingSave:
 
     def _run(self, together: Together, job: _Job) -> None:
         began = time.perf_counter()
+        if sys.platform == "linux":  # there a thread has a priority of its own: where cores are short, training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._path = _write(together, job)
         except BaseException as error:  # raised where the result is asked for
