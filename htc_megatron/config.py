@@ -175,6 +175,8 @@ class TrainingConfig:
     eval_iters: int = 10
     save_interval: int = 0  # steps; 0: at the end only
     log_interval: int = 1
+    async_save: bool = True  # training waits for a copy in host memory, a thread writes it; false: training waits for the disk
+    keep_checkpoints: int = 0  # how many stay, the newest; 0: all
 
 
 @dataclass(config=STRICT)

@@ -27,6 +27,7 @@ MAY_BE_ZERO = {
     "training.seed",
     "training.eval_interval",
     "training.save_interval",
+    "training.keep_checkpoints",
 }
 INT16_CODES = 2**15  # codes are stored as int16
 

@@ -11,7 +11,7 @@ FLOORS = [
     {"parallel"},
     {"model"},
     {"data", "checkpoint", "weights"},
-    {"training", "inference", "evaluation"},
+    {"training", "inference", "evaluation", "benchmarks"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

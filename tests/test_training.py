@@ -2,22 +2,29 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from htc_megatron.checkpoint.reader import CheckpointReader
+from htc_megatron.checkpoint import CheckpointError, CheckpointReader, checkpoints, latest
+from htc_megatron.checkpoint.manifest import Manifest
 from htc_megatron.config_io import load_config
+from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.loader import ValidationLoader
 from htc_megatron.inference.answer import load as load_export
 from htc_megatron.model.mask import VISUAL, token_kinds
 from htc_megatron.weights.export import export
-from tests.train_worker import logits_of, train
-from tests.training_tiny import make_run
+from tests import data_tiny
+from tests.distributed import RankFailure
+from tests.train_worker import logits_of, train, train_on_a_full_disk, train_on_a_slow_disk, train_until
+from tests.training_tiny import make_run, prepare_data
 
 TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
@@ -160,3 +167,94 @@ def test_a_run_in_another_order_is_not_resumed(ranks, run, tmp_path_factory, cha
         ranks(1).run(train, str(run), overrides)
     with pytest.raises(Exception, match=f"{change.split('=')[0]}: got .* wanted .*step_00000001"):
         ranks(1).run(train, str(run), [*overrides, "training.train_iters=2", change])
+
+
+def test_other_data_are_not_resumed(ranks, run, tmp_path):
+    """The data's position is a step number, so it belongs to these samples in this order. Where they lie does not matter."""
+    overrides = [f"output_dir={tmp_path}/run", "training.train_iters=1"]
+    ranks(1).run(train, str(run), overrides)
+    again = [overrides[0], "training.train_iters=2"]
+    data = yaml.safe_load(run.read_text())["data"]["train"]
+    other = tmp_path / "other" / "data"
+    prepare_data(run.parent, other, data_tiny.records(96, 12)[::-1])  # the same ones in another order
+    with pytest.raises(RankFailure, match=r"data.train: the samples in .*other/data have fingerprint \w{12}, wanted \w{12} as in .*step_0"):
+        ranks(1).run(train, str(run), [*again, f"data.train={other}"])
+    prepare_data(run.parent, tmp_path / "again", data_tiny.records(96, 12))
+    assert PreparedData(tmp_path / "again").fingerprint == PreparedData(data).fingerprint
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert [step for step, *_ in ranks(1).run(train, str(run), [*again, f"data.train={moved}"])[0]] == [2]
+    folder = latest(tmp_path / "run" / "checkpoints")  # as older versions wrote it
+    manifest = Manifest.read(folder)
+    assert set(manifest.extra) == {"data_fingerprint"}
+    manifest.extra.clear()
+    (folder / "checkpoint.json").unlink()
+    manifest.write(folder)
+    assert [step for step, *_ in ranks(1).run(train, str(run), [overrides[0], "training.train_iters=3"])[0]] == [3]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    reader.verify()
+    return {key: reader.read(key) for key in reader.manifest.tensors}
+
+
+@pytest.mark.parametrize(
+    "world_size, layout",
+    [(1, []), (4, [*PP2, "zero=zero3.json"]), (2, ["zero=zero2.json", "training.precision=bf16"])],
+    ids=["one process", "PP 2 x DP 2, ZeRO-3", "DP 2, ZeRO-2, bf16"],
+)
+def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, world_size, layout):
+    """Training goes on while a slow disk takes them in, and not a bit of losses or checkpoints differs from a run that waits."""
+    common = [*layout, "training.train_iters=8", "training.save_interval=2"]
+    waits = [*common, "training.async_save=false", f"output_dir={tmp_path}/waits"]
+    goes_on = [*common, f"output_dir={tmp_path}/goes_on"]
+    expected = ranks(world_size).run(train, str(run), waits)[0]
+    found, beside = ranks(world_size).run(train_on_a_slow_disk, str(run), goes_on, 0.1)[0]
+    assert found == expected
+    assert {3, 5, 7} <= set(beside), "no step was made beside the writing"
+    for theirs in checkpoints(tmp_path / "waits" / "checkpoints"):
+        ours, theirs = stored(tmp_path / "goes_on" / "checkpoints" / theirs.name), stored(theirs)
+        assert ours.keys() == theirs.keys()
+        different = [key for key in theirs if not torch.equal(ours[key], theirs[key])]
+        assert not different, different[:5]
+    output = ranks(world_size).output[0]
+    for step in (2, 4, 6, 8):
+        pattern = rf"step {step}: saved \S+goes_on/checkpoints/step_0000000{step} \(stalled \d+\.\d\d s, written in \d+\.\d\d s\)"
+        assert len(re.findall(pattern, output)) == 1, output
+    events = EventAccumulator(str(tmp_path / "goes_on" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("checkpoint/stall_s")] == [2, 4, 6, 8]
+    assert all(event.value >= 0.1 for event in events.Scalars("checkpoint/write_s"))
+
+
+def test_how_many_checkpoints_stay(ranks, run, tmp_path):
+    overrides = ["training.train_iters=5", "training.save_interval=1", "training.keep_checkpoints=2", f"output_dir={tmp_path}"]
+    ranks(2).run(train, str(run), overrides)
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000005"]
+
+
+def test_a_failed_save_costs_no_step_and_two_end_the_run(ranks, run, tmp_path):
+    """One rank's disk is full: once, and the next save is waited for and good; or longer, and every rank raises one sentence."""
+    overrides = ["zero=zero3.json", "training.train_iters=6", "training.save_interval=2"]
+    steps = ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/once"], 1)[0]
+    assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+    assert [folder.name for folder in checkpoints(tmp_path / "once" / "checkpoints")] == ["step_00000004", "step_00000006"]
+    assert len(re.findall("the checkpoint of step 2 was not written: OSError: .* No space left", ranks(2).output[0])) == 1
+    with pytest.raises(RankFailure) as failure:
+        ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/longer"], 99)
+    assert sorted(failure.value.exceptions) == [0, 1]
+    for error in failure.value.exceptions.values():
+        assert isinstance(error, CheckpointError) and "\n" not in str(error) and "No space left on device" in str(error)
+    assert latest(tmp_path / "longer" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("how", ["error", "killed"])
+def test_a_run_that_ends_while_it_saves(ranks, run, tmp_path, how):
+    """An error lets the save come to its end; a killed rank leaves the checkpoint before. Going on from either loses nothing."""
+    overrides = ["zero=zero2.json", "training.train_iters=6", "training.save_interval=2"]
+    expected = ranks(2).run(train, str(run), [*overrides, f"output_dir={tmp_path}/whole"])[0]
+    ended = [*overrides, f"output_dir={tmp_path}/ended"]
+    with pytest.raises(RankFailure, match="the end of the run" if how == "error" else "killed by SIGKILL"):
+        ranks(2).run(train_until, str(run), ended, 5, how, timeout=120)
+    newest = {"error": 4, "killed": 2}[how]
+    assert latest(tmp_path / "ended" / "checkpoints").name == f"step_{newest:08d}"
+    assert ranks(2).run(train, str(run), ended)[0] == expected[newest:]

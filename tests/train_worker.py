@@ -1,5 +1,11 @@
 """Whole runs, as the entry point makes them, on every rank of a test."""
 
+import os
+import signal
+import time
+from collections.abc import Callable
+from unittest import mock
+
 import torch
 
 from htc_megatron.config_io import check, load_config, load_zero
@@ -8,8 +14,8 @@ from htc_megatron.training import trainer as trainer_module
 from htc_megatron.training.trainer import Trainer, check_files
 
 
-def train(yaml: str, overrides: list[str]) -> list[tuple[int, float, float]]:
-    """Step number, loss and gradient norm of every step this run makes."""
+def train(yaml: str, overrides: list[str], before: Callable[[Trainer], None] | None = None) -> list[tuple[int, float, float]]:
+    """Step number, loss and gradient norm of every step this run makes. before: called before each."""
     config = load_config(yaml, overrides)
     parallel = config.parallel
     zero = load_zero(config.zero)
@@ -18,9 +24,11 @@ def train(yaml: str, overrides: list[str]) -> list[tuple[int, float, float]]:
     check(config, groups.world_size)
     trainer = Trainer(config, zero, groups)
     found = []
+    before = before or (lambda trainer: None)
     original = trainer_module.train_step
 
     def recorded(engine, batches, lr):
+        before(trainer)
         result = original(engine, batches, lr)
         found.append((trainer.step_number + 1, result.loss, result.grad_norm))
         return result
@@ -32,6 +40,59 @@ def train(yaml: str, overrides: list[str]) -> list[tuple[int, float, float]]:
         trainer_module.train_step = original
         trainer.engine.destroy()
     return found
+
+
+class SlowDisk:
+    """While it is entered, every file takes `seconds` to reach the disk; the first `failures` files of `rank` never do."""
+
+    def __init__(self, seconds: float, rank: int = 0, failures: int = 0):
+        self.seconds, self.failures = seconds, failures if int(os.environ["RANK"]) == rank else 0
+
+    def __call__(self, descriptor: int) -> None:
+        time.sleep(self.seconds)
+        if self.failures:
+            self.failures -= 1
+            raise OSError(28, "No space left on device")
+
+    def __enter__(self) -> None:
+        self.patch = mock.patch.object(os, "fsync", self)
+        self.patch.start()
+
+    def __exit__(self, *error) -> None:
+        self.patch.stop()
+
+
+def train_on_a_slow_disk(yaml: str, overrides: list[str], seconds: float) -> tuple[list[tuple[int, float, float]], list[int]]:
+    """What `train` returns, and the steps that began while a checkpoint was being written."""
+    beside = []
+
+    def note(trainer: Trainer) -> None:
+        if trainer.pending is not None and not trainer.pending.done:
+            beside.append(trainer.step_number + 1)
+
+    with SlowDisk(seconds):
+        return train(yaml, overrides, note), beside
+
+
+def train_on_a_full_disk(yaml: str, overrides: list[str], failures: int) -> list[tuple[int, float, float]]:
+    """What `train` returns where the last rank's first files cannot be written."""
+    with SlowDisk(0.0, int(os.environ["WORLD_SIZE"]) - 1, failures):
+        return train(yaml, overrides)
+
+
+def train_until(yaml: str, overrides: list[str], step: int, how: str) -> None:
+    """A run that ends before `step` while a checkpoint is being written: all ranks raise, or the last one is killed."""
+
+    def end(trainer: Trainer) -> None:
+        if trainer.step_number + 1 == step:
+            assert not trainer.pending.done, "the checkpoint was complete before the run ended"
+            if how == "error":
+                raise RuntimeError("the end of the run")
+            if trainer.groups.rank == trainer.groups.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with SlowDisk(0.3):
+        train(yaml, overrides, end)
 
 
 def logits_of(yaml: str, overrides: list[str]):

@@ -8,6 +8,7 @@ reader.py      CheckpointReader: any process, no process group
 writer.py      CheckpointWriter: one process, tensor by tensor (imports)
 shards.py      State, Shard, Place: what a rank holds, without DeepSpeed
 store.py       save, save_async, load: all ranks
+host.py        HostBuffers: the copy that save_async writes from
 together.py    all ranks succeed or all fail
 zero_state.py  EngineState: a DeepSpeed engine as a State (the only file that imports DeepSpeed)
 dcp.py         DcpReader: our checkpoints for programs that use torch.distributed.checkpoint
@@ -16,6 +17,7 @@ rng.py         random states as tensors
 
 from htc_megatron.checkpoint.errors import CheckpointError
 from htc_megatron.checkpoint.folder import checkpoints, latest
+from htc_megatron.checkpoint.host import HostBuffers
 from htc_megatron.checkpoint.reader import CheckpointReader
 from htc_megatron.checkpoint.shards import Place, PlainState
 from htc_megatron.checkpoint.store import Loaded, PendingSave, load, save, save_async
@@ -25,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
+    "HostBuffers",
     "Loaded",
     "PendingSave",
     "Place",

@@ -5,6 +5,8 @@ the boxes of all ranks make up every tensor, writes the manifest and only then g
 rank reads the boxes it needs from whatever files hold them.
 """
 
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ from htc_megatron.checkpoint.box_file import DTYPE_NAMES, FileRecord, Piece, wri
 from htc_megatron.checkpoint.boxes import Box
 from htc_megatron.checkpoint.errors import CheckpointError
 from htc_megatron.checkpoint.folder import begin, commit, discard
+from htc_megatron.checkpoint.host import HostBuffers
 from htc_megatron.checkpoint.manifest import CONFIG, Manifest, StoredTensor, check_json, config_to_bytes
 from htc_megatron.checkpoint.reader import SUFFIX, CheckpointReader
 from htc_megatron.checkpoint.shards import Place, State
 from htc_megatron.checkpoint.together import Together
 from htc_megatron.config import RunConfig
+
+NICE = 10  # of the writing thread
 
 
 @dataclass
@@ -42,31 +47,44 @@ class _Job:
 
 
 class PendingSave:
-    """A save that goes on in a thread. `stall` is how long training stood still for it, in seconds."""
+    """A save that goes on in a thread. A process that ends without waiting for it ends; the save then never was.
+
+    step: the checkpoint's. stall: how long training stood still for it, in seconds. seconds: how long the thread took, once done.
+    """
 
     def __init__(self, together: Together, job: _Job, stall: float):
-        self.stall = stall
+        self.step, self.stall, self.seconds = job.step, stall, 0.0
         self._path: Path | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(together, job), name="checkpoint")
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, args=(together, job), name="checkpoint", daemon=True)
+        self.thread.start()
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        """Whether this rank's thread has ended, well or not. Other ranks may see it a little later."""
+        return not self.thread.is_alive()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What `wait` will raise, once done."""
+        return self._error
 
     def wait(self) -> Path:
         """Wait for the end and return the checkpoint's folder. Raises CheckpointError, on every rank, if any rank failed."""
-        self._thread.join()
+        self.thread.join()
         if self._error is not None:
             raise self._error
         return self._path
 
     def _run(self, together: Together, job: _Job) -> None:
+        began = time.perf_counter()
+        if sys.platform == "linux":  # there a thread has a priority of its own: where cores are short, training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._path = _write(together, job)
         except BaseException as error:  # raised where the result is asked for
             self._error = error
+        self.seconds = time.perf_counter() - began
 
 
 def save(
@@ -89,7 +107,7 @@ def save(
     any rank failed; the checkpoints that were there are then still there.
     """
     together = Together(group)
-    return _write(together, _prepare(together, Path(root), state, step, config, extra, rng, keep, optimizer, copy=False))
+    return _write(together, _prepare(together, Path(root), state, step, config, extra, rng, keep, optimizer, buffers=None))
 
 
 def save_async(
@@ -103,18 +121,26 @@ def save_async(
     rng: dict[str, Tensor] | None = None,
     keep: int = 0,
     optimizer: bool = True,
+    buffers: HostBuffers | None = None,
 ) -> PendingSave:
     """Like `save`, but returns as soon as everything is copied to host memory; writing goes on in a thread.
 
     group: a gloo group of all ranks that nothing else uses meanwhile (the thread's messages go over it); None for a
-    single process. At most one save at a time: wait() before the next.
+    single process. buffers: where to copy to, kept for the next save; None: fresh memory, free again when it is written.
+
+    At most one save at a time: this one's first messages go over the same group as the last one's. wait() before the next, or
+    give both the same `buffers`, which wait.
     """
     together = Together(group)
     if group is None and not together.alone:
         raise CheckpointError("save_async needs a process group of its own: its thread must not share training's")
     began = time.perf_counter()
-    job = _prepare(together, Path(root), state, step, config, extra, rng, keep, optimizer, copy=True)
-    return PendingSave(together, job, time.perf_counter() - began)
+    buffers = buffers or HostBuffers()
+    buffers.reclaim()
+    job = _prepare(together, Path(root), state, step, config, extra, rng, keep, optimizer, buffers)
+    pending = PendingSave(together, job, time.perf_counter() - began)
+    buffers.lend(pending.thread)
+    return pending
 
 
 def _prepare(
@@ -127,7 +153,7 @@ def _prepare(
     rng: dict[str, Tensor] | None,
     keep: int,
     optimizer: bool,
-    copy: bool,
+    buffers: HostBuffers | None,
 ) -> _Job:
     place = state.place
 
@@ -137,13 +163,15 @@ def _prepare(
             if not shard.stored:
                 continue
             data = shard.read().detach()
-            data = data.to("cpu", copy=True) if copy else data
+            data = data if buffers is None else buffers.copy(shard.key, data)
             pieces += [Piece(shard.key, box, data[where], torch.float32) for box, where in shard.boxes()]
         shapes = {key: StoredTensor(shape, DTYPE_NAMES[torch.float32]) for key, shape in state.shapes(optimizer).items()}
         for name, value in (rng or {}).items():
             key = f"rng/{place.rank:05d}/{name}"
             pieces.append(Piece(key, Box((0,) * value.ndim, tuple(value.shape)), value.detach().clone(), value.dtype))
             shapes[key] = StoredTensor(tuple(value.shape), DTYPE_NAMES[value.dtype])
+        if buffers is not None:
+            buffers.synchronise()
         optimizer_step = state.optimizer_step() if optimizer else None
         return _Job(Path(), place, pieces, shapes, optimizer_step, step, config, check_json(extra or {}), keep)
 

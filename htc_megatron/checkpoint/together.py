@@ -1,6 +1,7 @@
 """All ranks succeed or all ranks fail: a rank that raises alone would leave the others waiting in the next collective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -25,7 +26,8 @@ class Together:
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with self._talking():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def gather(self, value: T) -> list[T]:
@@ -33,7 +35,8 @@ class Together:
         if self.alone:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self.group, group_dst=0)
+        with self._talking():
+            dist.gather_object(value, values, group=self.group, group_dst=0)
         return values or []
 
     def run(self, work: Callable[[], T]) -> T:
@@ -53,6 +56,15 @@ class Together:
     def on_first(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0; every rank gets its result, or CheckpointError."""
         return self.share(self.run(lambda: work() if self.rank == 0 else None))[0]
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """A rank that is no longer there ends the others' collective with an error of the transport's own."""
+        try:
+            yield
+        except RuntimeError as error:
+            first, *_ = str(error).splitlines() or [""]
+            raise CheckpointError(f"rank {self.rank} of {self.size} lost another rank in the middle of a checkpoint: {first}") from error
 
 
 def _sentence(error: Exception) -> str:

@@ -1,6 +1,9 @@
 """A prepared data set, checked against the run that wants to train on it."""
 
+import hashlib
+import json
 import threading
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,16 @@ class PreparedData:
     def index(self) -> Index:
         """Tokenizer, template and MGVQ of the whole set."""
         return self.indices[0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the samples are and in which order, wherever the folder lies: from the index, no shard is read.
+
+        Preparing the same records again gives the same, with the same shard_bytes and parts. Of a folder whose index is older
+        than its shards' sums, it tells only the samples' lengths, their images' number and the files' sizes.
+        """
+        shards = [(s.sha256, s.size, s.images, s.text_tokens, s.image_counts) for _, s in self._entries]
+        return hashlib.sha256(json.dumps([self.index.tokenizer["fingerprint"], shards]).encode()).hexdigest()
 
     def locate(self, sample: int) -> tuple[Shard, int]:
         """The shard of a sample and its number there."""

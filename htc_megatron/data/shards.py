@@ -12,6 +12,7 @@ A shard of n samples and m distinct images:
     names, name_offsets            the records' ids as UTF-8
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -34,13 +35,14 @@ DTYPES = {
 
 @dataclass
 class ShardEntry:
-    """One shard in the index. text_tokens, image_counts: a number for every sample."""
+    """One shard in the index. text_tokens, image_counts: a number for every sample. sha256: of the file; "" in older indices."""
 
     file: str
     size: int
     images: int
     text_tokens: list[int]
     image_counts: list[int]
+    sha256: str = ""
 
 
 @dataclass
@@ -143,7 +145,9 @@ class ShardBuilder:
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
         fsync(path)
         text = [int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in self.tokens]
-        return ShardEntry(name, path.stat().st_size, len(self.images), text, [len(images) for images in self.references])
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return ShardEntry(name, path.stat().st_size, len(self.images), text, [len(images) for images in self.references], digest)
 
 
 class Shard:

@@ -31,6 +31,7 @@ class Groups:
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     model: dist.ProcessGroup  # TP x PP of one data-parallel rank
+    checkpoint: dist.ProcessGroup  # all ranks, gloo on every device: saves talk over it from a thread while training uses the others
 
     @property
     def first_stage(self) -> bool:
@@ -99,6 +100,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> Groups:
         pp=mpu.get_pipeline_model_parallel_group(),
         dp=mpu.get_data_parallel_group(),
         model=mpu.get_model_parallel_group(),
+        checkpoint=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 

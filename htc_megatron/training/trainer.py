@@ -1,14 +1,16 @@
 """A run from start, or from its last checkpoint, to its last step."""
 
 import math
+import time
 from pathlib import Path
 
 import torch
 
-from htc_megatron.checkpoint import latest, load, save
+from htc_megatron.checkpoint import CheckpointError, HostBuffers, Loaded, PendingSave, latest, load, save, save_async
 from htc_megatron.checkpoint.folder import resolve
 from htc_megatron.checkpoint.rng import rng_state, set_rng_state
 from htc_megatron.config import ConfigError, RunConfig
+from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.loader import DataLoader, ValidationLoader, open_data
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mgvq import load_codebook
@@ -19,6 +21,8 @@ from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
+
+DATA = "data_fingerprint"  # what a checkpoint's `extra` calls the data that its step number is a place in
 
 
 class TrainingError(RuntimeError):
@@ -55,8 +59,27 @@ def check_same_order(saved: RunConfig, config: RunConfig, source: Path) -> None:
             )
 
 
+def check_same_data(loaded: Loaded, data: PreparedData) -> None:
+    """Refuse to resume on other data, whose step number would be another place. Checkpoints of older versions do not say."""
+    wanted = loaded.extra.get(DATA, data.fingerprint)
+    if data.fingerprint != wanted:
+        raise ConfigError(
+            f"data.train: the samples in {data.path} have fingerprint {data.fingerprint[:12]}, wanted {wanted[:12]} as in {loaded.folder}, "
+            "which was trained on other data; to start anew from its weights, name it in init_from and set another output_dir"
+        )
+
+
 class Trainer:
-    """Everything one rank needs for a run. Made and run by every rank alike."""
+    """Everything one rank needs for a run. Made and run by every rank alike.
+
+    Checkpoints are written by a thread while training goes on (training.async_save); training stands still for the copy to
+    host memory only, and for the end of the save before, so at most one is under way. The last checkpoint has nothing to be
+    written beside and is not copied.
+
+    A save that fails on any rank fails on all, but each learns it at its own time, so nothing is raised before they meet for the
+    next save (the first rank says so at once). That one is then waited for: if it succeeds, no step is lost and the run goes on;
+    if it fails too, its CheckpointError ends the run on every rank.
+    """
 
     def __init__(self, config: RunConfig, zero: dict, groups: Groups):
         self.config, self.groups = config, groups
@@ -67,6 +90,10 @@ class Trainer:
         self.state = checkpoint_state(self.engine, config)
         self.folder = Path(config.output_dir) / "checkpoints"
         self.step_number = self._start()
+        self.saved = latest(self.folder) if self.step_number else None  # the last complete checkpoint
+        self.pending: PendingSave | None = None
+        self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
+        self.buffers = HostBuffers()
         needs_pixels = groups.first_stage
         data = config.data
         self.loader = DataLoader(config, data.train, groups.dp_rank, groups.dp_size, needs_pixels, self.step_number, data.shuffle)
@@ -87,6 +114,7 @@ class Trainer:
             if loaded.config.model != config.model:
                 raise ConfigError(f"{found} holds another model than the configuration describes: resume with its own model section")
             check_same_order(loaded.config, config, found)
+            check_same_data(loaded, PreparedData(config.data.train))
             if loaded.rng is not None:
                 set_rng_state(loaded.rng)
             return loaded.step
@@ -97,7 +125,6 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step. Returns the last checkpoint's folder."""
         training, optimizer = self.config.training, self.config.optimizer
-        saved = latest(self.folder) if self.step_number else None
         try:
             for step in range(self.step_number, training.train_iters):
                 batches = next(self.loader)
@@ -105,22 +132,25 @@ class Trainer:
                 result = train_step(self.engine, batches, lr)
                 self.step_number = step + 1
                 if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+                    self._end_save()
                     raise TrainingError(
                         f"step {self.step_number}: the loss is {result.loss} and the gradient norm {result.grad_norm}, "
-                        f"both must be finite; the last checkpoint is {saved or 'none'}"
+                        f"both must be finite; the last checkpoint is {self.saved or 'none'}"
                     )
                 tokens, flops = self._global_work(batches)
                 self.logger.step(self.step_number, result, lr, tokens, flops, self.loader.wait_share)
+                self._watch_save()
                 if self.validation is not None and self.step_number % training.eval_interval == 0:
                     self._evaluate()
                 if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
-                    saved = self.save()
+                    self.save()
         finally:
+            self._end_save()  # after an error too: what is being written is good
             self.loader.close()
             self.logger.close()
-        if saved is None:
+        if self.saved is None:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
-        return saved
+        return self.saved
 
     def _global_work(self, batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens and operations of the global batch."""
@@ -134,8 +164,47 @@ class Trainer:
         self.logger.write(self.step_number, {"validation/loss": loss})
         self.logger.say(f"step {self.step_number}: validation loss {loss:.4f}")
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step."""
-        path = save(self.folder, self.state, step=self.step_number, config=self.config, rng=rng_state())
-        self.logger.say(f"step {self.step_number}: saved {path}")
-        return path
+    def save(self) -> None:
+        """Write a checkpoint of this step, or begin to. Raises CheckpointError, on every rank alike, where it fails at once."""
+        training, groups = self.config.training, self.groups
+        began = time.perf_counter()
+        failed = self._end_save()
+        what = {"step": self.step_number, "config": self.config, "extra": {DATA: self.loader.data.fingerprint}, "rng": rng_state()}
+        how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
+        if training.async_save and self.step_number < training.train_iters and not failed:
+            self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
+            self.stall, self.told = time.perf_counter() - began, False
+        else:
+            self.saved = save(self.folder, self.state, **what, **how)
+            seconds = time.perf_counter() - began
+            self._report_save(self.step_number, seconds, seconds)
+
+    def _end_save(self) -> bool:
+        """Wait for the save under way, if there is one. Returns whether it failed, on every rank alike."""
+        if self.pending is None:
+            return False
+        pending, self.pending = self.pending, None
+        try:
+            self.saved = pending.wait()
+        except CheckpointError:
+            self._tell_failure(pending)
+            return True
+        self._report_save(pending.step, self.stall, pending.seconds)
+        return False
+
+    def _watch_save(self) -> None:
+        """Take note of a save that has ended. No rank waits here or does anything the others would have to do too."""
+        if self.pending is not None and self.pending.done:
+            if self.pending.error is None:
+                self._end_save()
+            else:
+                self._tell_failure(self.pending)
+
+    def _tell_failure(self, pending: PendingSave) -> None:
+        if not self.told:
+            self.told = True
+            self.logger.say(f"step {self.step_number}: the checkpoint of step {pending.step} was not written: {pending.error}")
+
+    def _report_save(self, step: int, stall: float, seconds: float) -> None:
+        self.logger.write(step, {"checkpoint/stall_s": stall, "checkpoint/write_s": seconds})
+        self.logger.say(f"step {step}: saved {self.saved} (stalled {stall:.2f} s, written in {seconds:.2f} s)")
