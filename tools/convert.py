@@ -19,7 +19,6 @@ from htc_megatron.checkpoint.describe import describe
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.config_io import load_config
 from htc_megatron.data.dataset import PreparedData
-from htc_megatron.evaluation.compare import compare_logits, compare_tensors, open_model, report
 from htc_megatron.hf.processing_htc_vlm import SYSTEM_PROMPT, open_image
 from htc_megatron.weights.export import DTYPES, STORED, export
 from htc_megatron.weights.export_backbone import export_backbone
@@ -66,6 +65,8 @@ def run_export(a: argparse.Namespace) -> None:
 
 
 def run_verify(a: argparse.Namespace) -> int:
+    from htc_megatron.evaluation.compare import compare_logits, compare_tensors, open_model, report  # seconds, for transformers' models
+
     one, other = open_model(a.a), open_model(a.b)
     found = compare_tensors(one, other, progress)
     if a.logits:

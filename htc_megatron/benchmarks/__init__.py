@@ -1,0 +1,1 @@
+"""Measurements that tools/benchmark.py prints; nothing else imports them."""
