@@ -65,13 +65,15 @@ def tiny_batch(config: HTCVLMConfig, rows: list[list[int | str]], side: str = "l
     return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
 
 
-def tiny_training_config(vocab_size: int = 64, voco: int = VOCO, qkv_bias: bool = False, **method) -> ModelConfig:
+def tiny_training_config(vocab_size: int = 64, voco: int = VOCO, qkv_bias: bool = False, tied: bool = False, **method) -> ModelConfig:
     """The training side of `tiny_config`."""
     text = dict(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, max_position_embeddings=512)
     mgvq = {name: tuple(value) if isinstance(value, list) else value for name, value in MGVQ.items()}
     chosen = dict(num_anchors=2, anchor_hidden_size=24, voco_token_id=voco) | method
     return ModelConfig(
-        backbone=BackboneConfig(vocab_size=vocab_size, qkv_bias=qkv_bias, rotary_base=5000.0, norm_epsilon=1e-4, **text),
+        backbone=BackboneConfig(
+            vocab_size=vocab_size, qkv_bias=qkv_bias, rotary_base=5000.0, norm_epsilon=1e-4, tie_word_embeddings=tied, **text
+        ),
         vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, ffn_hidden_size=32, num_layers=2, num_attention_heads=2),
         mgvq=MGVQConfig(**mgvq),
         method=MethodConfig(**chosen),

@@ -21,11 +21,12 @@ LAYOUTS = {  # name: (ranks, TP, PP, ZeRO stage)
 FREEZE = ["vision"]  # a frozen part belongs in every checkpoint too
 
 
-def setup(tp: int, pp: int, stage: int):
+def setup(tp: int, pp: int, stage: int, tied: bool = False):
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.training.build import build_engine, checkpoint_state
 
-    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp, training__freeze=FREEZE)
+    sizes = dict(parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp)
+    config = tiny_config(**sizes, training__freeze=FREEZE, model__backbone__tie_word_embeddings=tied)
     groups = process_groups.initialise(config.parallel, config.training.seed)
     zero = {"zero_optimization": {"stage": stage}}
     if stage == 3:  # by default small parameters stay whole, which here would be all of them
@@ -90,13 +91,33 @@ def test_every_layout_goes_on_from_every_layout(ranks, sources, tmp_path, target
     Layouts add up in another order, which fp32 shows from the seventh digit on. On the layout itself: not a bit."""
     world, *layout = LAYOUTS[target]
     results = ranks(world).run(interrupted, layout, {name: folder for name, (folder, _) in sources.items()}, tmp_path)[0]
-    for name, (folder, through) in sources.items():
-        found, wanted = tensors(tmp_path / name), tensors(folder / "end")
-        assert found.keys() == wanted.keys()
-        if name == target:
-            assert results[name] == through
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-        for ours, theirs in zip(results[name], through, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5), name
-        for key, value in wanted.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, where=f"{name}, {key}": f"{where}: {text}")
+    for name, source in sources.items():
+        assert_same_run(name, (tmp_path / name, results[name]), (source[0] / "end", source[1]), exactly=name == target)
+
+
+def assert_same_run(name: str, ours, theirs, exactly: bool) -> None:
+    """Two checkpoints with the losses and norms that led to them."""
+    found, wanted = tensors(ours[0]), tensors(theirs[0])
+    assert found.keys() == wanted.keys()
+    if exactly:
+        assert ours[1] == theirs[1]
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        assert one == pytest.approx(other, rel=1e-5), name
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, where=f"{name}, {key}": f"{where}: {text}")
+
+
+ONE, TP2_PP2, TP2_PP2_ZERO3 = LAYOUTS["one process"], LAYOUTS["TP2 x PP2"], (4, 2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "source, target", [(ONE, TP2_PP2), (ONE, TP2_PP2_ZERO3), (TP2_PP2, ONE), (TP2_PP2_ZERO3, ONE), (TP2_PP2_ZERO3, TP2_PP2_ZERO3)], ids=str
+)
+def test_tied_embeddings_are_stored_once_and_go_on(ranks, tmp_path, source, target):
+    """Saved by one process and gone on with on TP2 x PP2, and the reverse; on the layout itself to the bit."""
+    (world, *layout), (world_after, *layout_after) = source, target
+    through = ranks(world).run(uninterrupted, [*layout, True], tmp_path)[0]
+    assert not [key for key in tensors(tmp_path / "middle") if "output_layer" in key]
+    results = ranks(world_after).run(interrupted, [*layout_after, True], {"tied": tmp_path}, tmp_path / "out")[0]
+    assert_same_run("tied", (tmp_path / "out" / "tied", results["tied"]), (tmp_path / "end", through), exactly=source == target)

@@ -115,6 +115,7 @@ def tool(name: str, *arguments) -> Done:
     [
         dict(),
         dict(qkv_bias=True, fusion="parallel"),
+        dict(qkv_bias=True, tied=True),
         dict(channels="continuous", projector="linear", mask="full"),
         dict(channels="discrete", num_voco_tokens=2, image_sees="prefix"),
         dict(mask="none", num_voco_tokens=0),

@@ -7,7 +7,7 @@ import torch
 
 from htc_megatron.checkpoint import CheckpointReader, save
 from htc_megatron.model.mgvq import build_mgvq
-from htc_megatron.weights.export import hf_from_tensors
+from htc_megatron.weights.export import hf_from_tensors, hf_tensors
 from tests.parity_worker import micro_batch, tiny_config
 
 TOLERANCE = 5e-6  # fp32; the promise is 1e-4, seen are 5e-7
@@ -89,6 +89,21 @@ def test_every_variant_equals_its_export(ranks, tmp_path, name):
     """One process."""
     logits = ranks(1).run(trained_logits, VARIANTS[name], {"zero_optimization": {"stage": 1}}, tmp_path)
     check(tmp_path, logits[-1])
+
+
+TIED = dict(model__backbone__tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("world_size, stage, sizes", [(1, 3, (1, 1)), (4, 1, (2, 2)), (4, 3, (2, 2))], ids=str)
+def test_export_of_tied_embeddings(ranks, tmp_path, world_size, stage, sizes):
+    """One matrix here, two tensors there: only the embedding's voco row is `<voco>`'s."""
+    changes = TIED | dict(parallel__tensor_model_parallel_size=sizes[0], parallel__pipeline_model_parallel_size=sizes[1])
+    logits = ranks(world_size).run(trained_logits, changes, {"zero_optimization": {"stage": stage}}, tmp_path)
+    check(tmp_path, next(found for found in logits if found is not None))
+    reader = CheckpointReader(tmp_path)
+    named = dict(hf_tensors(reader.config.model, reader.tensor, frozen_mgvq(reader.config).state_dict()))
+    differ = (named["lm_head.weight"] != named["model.language_model.embed_tokens.weight"]).any(-1)
+    assert differ.nonzero().flatten().tolist() == [reader.config.model.method.voco_token_id]
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -18,6 +18,7 @@ from tests.hf_tiny import tiny_training_config, tiny_weights
 VARIANTS = [
     dict(),
     dict(qkv_bias=True),
+    dict(qkv_bias=True, tied=True),
     dict(channels="continuous", projector="linear"),
     dict(channels="discrete"),
     dict(mask="none", num_voco_tokens=0),
@@ -85,10 +86,10 @@ def test_full_size_table_has_the_published_sizes():
     assert not any(".vision.encoder.layers.23." in name for name in table)
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_full_size_export_fits_the_model_that_loads_it(qkv_bias):
+@pytest.mark.parametrize("qkv_bias, tied", [(False, False), (True, False), (True, True)])
+def test_full_size_export_fits_the_model_that_loads_it(qkv_bias, tied):
     """Names and shapes only: every tensor of the 7B model is planned, none beside them, MGVQ's public sizes included."""
-    model = ModelConfig(backbone=BackboneConfig(qkv_bias=qkv_bias))
+    model = ModelConfig(backbone=BackboneConfig(qkv_bias=qkv_bias, tie_word_embeddings=tied))
     with torch.device("meta"):
         mgvq = MGVQ(encoder_only=True).state_dict()
     entries = planned_entries(model, hf_config(model), mgvq, lambda name: torch.bfloat16)
