@@ -71,52 +71,68 @@ def test_a_part_costs_a_part(tmp_path, monkeypatch):
     assert sum(sizes) <= 400 + 2 * 96
 
 
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", "config.yaml", "checkpoint.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "empty"])
-def test_damaged_files_are_named(tmp_path, name, damage):
+FILES = ["rank_00000.safetensors", "config.yaml", "checkpoint.json"]
+READ_BY = {  # the two ways into a checkpoint
+    "reader": lambda folder: CheckpointReader(folder).verify(),
+    "load": lambda folder: checkpoint.load(folder, plain(whole_model())),
+}
+
+
+def damaged(data: bytes, damage: str) -> bytes:
+    middle = len(data) // 2
+    return {
+        "truncated": data[:-1],
+        "longer": data + b"\n\0",
+        "empty": b"",
+        "flipped": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
+    }[damage]
+
+
+@pytest.mark.parametrize("read", READ_BY.values(), ids=READ_BY)
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "empty", "flipped"])
+def test_damaged_files_are_named(tmp_path, name, damage, read):
     path = save(tmp_path) / name
     data = path.read_bytes()
     path.unlink()
     if damage != "missing":
-        path.write_bytes({"truncated": data[:-1], "longer": data + b"\n\0", "empty": b""}[damage])
-    with pytest.raises(CheckpointError, match=name):
-        CheckpointReader(path.parent)
+        path.write_bytes(damaged(data, damage))
+    with pytest.raises(CheckpointError, match=name) as error:
+        read(path.parent)
+    assert "\n" not in str(error.value)
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+@pytest.mark.parametrize("read", READ_BY.values(), ids=READ_BY)
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, read):
     """60 places over each file. In the manifest a flip may fall on white space; then nothing it says may have changed."""
     folder = save(tmp_path)
     whole = Manifest.read(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         for i in range(60):
             place, bit = i * len(data) // 60, i % 8
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
             try:
-                CheckpointReader(folder).verify()
+                read(folder)
             except CheckpointError as error:
-                assert str(folder) in str(error) and "\n" not in str(error)[:200]
+                assert str(path) in str(error) and "\n" not in str(error)[:200]
             else:
                 assert path.name == "checkpoint.json" and Manifest.read(folder) == whole
         path.write_bytes(data)
     check(folder, 0)
 
 
-def test_loading_reads_checksums_too(tmp_path):
-    """load() itself finds a damaged byte, not only verify()."""
-    path = save(tmp_path) / "rank_00000.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
-    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors: bytes \d+ to \d+ are damaged"):
-        checkpoint.load(tmp_path, plain(whole_model()))
-
-
-def test_surplus_files_are_refused(tmp_path):
+@pytest.mark.parametrize("read", READ_BY.values(), ids=READ_BY)
+def test_surplus_files_are_refused(tmp_path, read):
     folder = save(tmp_path)
     (folder / "rank_00001.safetensors").write_bytes(b"")
     (folder / "notes").mkdir()
-    with pytest.raises(CheckpointError, match="notes does not belong to it; rank_00001.safetensors does not belong to it"):
-        CheckpointReader(folder)
+    (folder / "link").symlink_to("config.yaml")
+    with pytest.raises(
+        CheckpointError, match="link does not .*; notes does not belong to it; rank_00001.safetensors does not belong to it"
+    ):
+        read(folder)
 
 
 def rewrite(folder, change) -> None:

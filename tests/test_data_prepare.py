@@ -15,6 +15,7 @@ from htc_megatron.data.conversation import examples_to_samples
 from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.images import open_image
 from htc_megatron.data.prepare import QUARANTINE, Preparation, prepare
+from htc_megatron.data.shards import Index
 from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.hf.modeling_mgvq import mgvq_pixels
 from htc_megatron.model.mgvq import build_mgvq, save_mgvq
@@ -290,3 +291,18 @@ def test_the_tool(tmp_path, tokenizer):
     assert index.template == {"system": "", "name": "vicuna_v1"} and (index.mgvq["positions"], index.mgvq["groups"]) == (16, 2)
     again = call("--output", str(tmp_path / "out"))
     assert again.returncode == 2 and again.stderr.startswith("prepare_data: --output") and len(again.stderr.splitlines()) == 1
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path, tokenizer):
+    """The same for the same records wherever they lie; another for one other image of as many bytes, of which no length tells."""
+    one, same = (prepared(tmp_path / name, tokenizer, codes=False) for name in ("one", "same"))
+    other = tmp_path / "other"
+    data, images = write_source(other / "source")
+    before = (images / "0.png").read_bytes()
+    (images / "0.png").write_bytes(png(77, 20, 20))
+    assert len(before) == (images / "0.png").stat().st_size and before != (images / "0.png").read_bytes()
+    prepare(Preparation(data=data, images=images, output=other / "out", tokenizer=tokenizer, template=TEMPLATE, progress=False))
+    fingerprints = [PreparedData(folder).fingerprint for folder in (one, same, other / "out")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    sizes = [[shard.size for shard in Index.read(folder).shards] for folder in (one, other / "out")]
+    assert sizes[0] == sizes[1]

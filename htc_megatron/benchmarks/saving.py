@@ -1,0 +1,101 @@
+"""What a checkpoint costs training: written while training waits, and in a thread beside it."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from htc_megatron.benchmarks.workload import num_parameters, random_batch
+from htc_megatron.checkpoint import CheckpointReader, HostBuffers, save, save_async
+from htc_megatron.checkpoint.rng import rng_state
+from htc_megatron.config import RunConfig
+from htc_megatron.parallel.groups import Groups
+from htc_megatron.training.build import build_engine, checkpoint_state
+from htc_megatron.training.step import train_step
+
+
+def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Called by every rank. `folder` is made for the checkpoints and removed.
+
+    A round is: n undisturbed steps; a save in a thread and n steps beside it, n enough to outlast the writing; a blocking save.
+    Parts of a round lie close together in time, so what else the machine does falls on all of them; figures are medians of
+    the rounds. Seconds, of rank 0, which starts and ends every part together with the others:
+
+    step_s: an undisturbed step. blocking_s: a blocking save. stall_s: until save_async returns. write_s: its thread.
+    slowdown_s: the n steps beside the writing less the n undisturbed ones.
+    cost_s: stall and slow-down together: what the save took from training. cost_share, stall_share: of the blocking save.
+    """
+    load = os.getloadavg()[0]
+    engine = build_engine(config, zero, groups)
+    state, buffers = checkpoint_state(engine, config), HostBuffers()
+    share = config.training.global_batch_size // config.training.micro_batch_size // groups.dp_size
+    batches = [random_batch(config, 1000 * groups.dp_rank + i, groups.first_stage) for i in range(share)]
+
+    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+        dist.barrier()
+        began = time.perf_counter()
+        value = work()
+        if groups.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+        return time.perf_counter() - began, value
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            train_step(engine, batches, config.optimizer.lr)
+
+    def save_arguments() -> dict[str, Any]:
+        return {"step": 1, "config": config, "rng": rng_state(), "keep": 1, "group": groups.checkpoint}
+
+    try:
+        say("warming up")
+        steps(2)
+        for _ in range(2):  # the first copy finds its memory, which happens once in a run; the second overwrites it
+            pending = save_async(folder, state, **save_arguments(), buffers=buffers)
+            pending.wait()
+        step, _ = timed(lambda: steps(2))
+        count = torch.tensor(math.ceil(2 * pending.seconds / (step / 2)) + 1, device=groups.device)
+        dist.broadcast(count, 0)
+        count = int(count)
+        figures: list[dict[str, float]] = []
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}: {count} steps, a save in a thread and {count} steps, a blocking save")
+            undisturbed, _ = timed(lambda: steps(count))
+            stall, pending = timed(lambda: save_async(folder, state, **save_arguments(), buffers=buffers))
+            disturbed, _ = timed(lambda: steps(count))
+            outlasted = pending.done
+            pending.wait()
+            blocking, path = timed(lambda: save(folder, state, **save_arguments()))
+            one = {"undisturbed_s": undisturbed, "disturbed_s": disturbed, "stall_s": stall, "write_s": pending.seconds}
+            one |= {"blocking_s": blocking, "slowdown_s": disturbed - undisturbed, "cost_s": stall + disturbed - undisturbed}
+            figures.append(one | {"outlasted": outlasted})
+        size = sum(file.stat().st_size for file in CheckpointReader(path).folder.iterdir())
+    finally:
+        engine.destroy()
+        dist.barrier()
+        if groups.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    found = {key: median(one[key] for one in figures) for key in ("stall_s", "write_s", "blocking_s", "slowdown_s", "cost_s")}
+    return {
+        "parameters": num_parameters(config.model),
+        "checkpoint_bytes": size,
+        "ranks": groups.world_size,
+        "layout": {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size, "zero_stage": engine.stage},
+        "device": str(groups.device.type),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": load,
+        "steps_a_round": count,
+        "step_s": median(one["undisturbed_s"] for one in figures) / count,
+        **found,
+        "stall_share": found["stall_s"] / found["blocking_s"],
+        "cost_share": found["cost_s"] / found["blocking_s"],
+        "rounds": figures,
+    }

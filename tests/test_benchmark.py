@@ -1,0 +1,65 @@
+"""Benchmarks measure what they say they do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from htc_megatron.benchmarks.workload import num_parameters, random_batch, sized_model, workload_config
+from htc_megatron.config import ConfigError
+from htc_megatron.config_io import check, load_zero
+from tests.parity_worker import tiny_config
+
+TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
+
+
+@pytest.mark.parametrize("parameters", [11e6, 45e6, 200e6, 7e9])
+def test_models_come_near_the_wanted_size(parameters):
+    assert num_parameters(sized_model(parameters)) == pytest.approx(parameters, rel=0.25)
+    config = workload_config(parameters, 2, 2, 2, "zero1.json", "bf16", 128, 4)
+    check(config, 8)
+    batch = random_batch(config, 0, True)
+    assert batch.num_supervised == 128 - 8 - config.model.tokens_per_image
+
+
+def test_a_size_out_of_reach_is_refused():
+    with pytest.raises(ConfigError, match="parameters: got 1000, but the nearest"):
+        sized_model(1000)
+
+
+def measure_job(folder: Path, rounds: int) -> dict:
+    from htc_megatron.benchmarks.saving import measure_saving
+    from htc_megatron.parallel import groups as process_groups
+
+    config = tiny_config(training__micro_batch_size=1, training__global_batch_size=2)
+    groups = process_groups.initialise(config.parallel, 0)
+    return measure_saving(config, load_zero("zero3.json"), groups, folder, rounds, lambda sentence: None)
+
+
+def test_what_saving_costs(ranks, tmp_path):
+    """Sums are those of the parts, shares those of the medians, and the checkpoints are gone."""
+    found = ranks(2).run(measure_job, tmp_path / "checkpoints", 3, timeout=240)[0]
+    assert not (tmp_path / "checkpoints").exists()
+    assert found["parameters"] == num_parameters(tiny_config().model) and found["checkpoint_bytes"] > 4 * found["parameters"]
+    assert found["ranks"] == 2 and found["layout"]["zero_stage"] == 3 and len(found["rounds"]) == 3
+    for one in found["rounds"]:
+        assert min(one["undisturbed_s"], one["disturbed_s"], one["stall_s"], one["write_s"], one["blocking_s"]) > 0
+        assert one["cost_s"] == pytest.approx(one["stall_s"] + one["disturbed_s"] - one["undisturbed_s"])
+    middle = sorted(one["stall_s"] for one in found["rounds"])[1]
+    assert found["stall_share"] == pytest.approx(middle / sorted(one["blocking_s"] for one in found["rounds"])[1])
+
+
+def test_the_tool(tmp_path):
+    """One round on the smallest model: the table on stdout, the same figures in the file."""
+    command = [sys.executable, str(TOOL), "save", "--parameters", "11e6", "--rounds", "1", "--folder", str(tmp_path), "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    done = subprocess.run([*command, str(tmp_path / "found.json")], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["command"] == "save" and f"{found['blocking_s']:.3f} s" in done.stdout and f"{found['cost_share']:.1%}" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    refused = subprocess.run([sys.executable, str(TOOL), "save", "--parameters", "7"], capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2 and "benchmark: parameters: got 7" in refused.stderr
