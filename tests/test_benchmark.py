@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
+from htc_megatron.benchmarks.converting import measure_converting, write_synthetic
 from htc_megatron.benchmarks.workload import num_parameters, random_batch, sized_model, workload_config
 from htc_megatron.config import ConfigError
 from htc_megatron.config_io import check, load_zero
@@ -63,3 +65,17 @@ def test_the_tool(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
     refused = subprocess.run([sys.executable, str(TOOL), "save", "--parameters", "7"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2 and "benchmark: parameters: got 7" in refused.stderr
+
+
+def test_what_converting_costs(tmp_path):
+    """Synthetic files are what transformers loads, whole; the figures are of programs that ran, and all files are gone."""
+    write_synthetic(tmp_path / "files", "tiny")
+    for kind, name in ((LlamaForCausalLM, "llama"), (CLIPVisionModel, "clip")):
+        _, info = kind.from_pretrained(tmp_path / "files" / name, output_loading_info=True)
+        assert not any(info.values()), info
+    found = measure_converting(TOOL.with_name("convert.py"), tmp_path / "bench", "tiny", 1, lambda sentence: None)
+    assert not (tmp_path / "bench").exists()
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert found["peak_resident_bytes"]["import"] > 10 * found["peak_resident_bytes"]["cp"] > 0
+    assert found["import_over_cp"] == pytest.approx(found["seconds"]["import"] / found["seconds"]["cp"])
+    assert found["source_bytes"] > found["exported_bytes"] > 100_000

@@ -80,10 +80,31 @@ def run_save(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     return rows, found
 
 
+def add_convert(commands: Any) -> None:
+    command = commands.add_parser("convert", help="import and export beside cp of the same bytes: seconds and peak memory")
+    command.add_argument("--size", choices=("7b", "1b", "tiny"), default="7b", help="of the synthetic LLaMA (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=3, help="seconds are medians over them (default: %(default)s)")
+    command.add_argument("--folder", type=Path, help="where files are written and removed again, four times the model (default: TMPDIR)")
+    command.set_defaults(run=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    from htc_megatron.benchmarks.converting import measure_converting
+
+    folder = (args.folder or Path(tempfile.gettempdir())) / f"benchmark_convert_{os.getpid()}"
+    found = measure_converting(Path(__file__).with_name("convert.py"), folder, args.size, args.rounds, say)
+    rows = [("synthetic files", f"{found['source_bytes'] / 2**30:.2f} GiB")]
+    for name, seconds in found["seconds"].items():
+        peak = found["peak_resident_bytes"][name]
+        rows.append((name, f"{seconds:.1f} s, {peak / 2**30:.2f} GiB resident at most"))
+    rows += [("import / cp", f"{found['import_over_cp']:.2f}"), ("export / cp of the checkpoint", f"{found['export_over_cp']:.2f}")]
+    return rows, found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_save,):
+    for add in (add_save, add_convert):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
