@@ -128,7 +128,7 @@ BAD_TEXT = [
     ("training: {freeze: vision}", "training.freeze: got 'vision', wanted a list, each entry vision, projector, anchors, backbone or voco"),
     ("training: {freeze: [vison]}", "training.freeze.0: got 'vison', wanted vision, projector"),
     ("model: {mgvq: {widths: [8, x]}}", "model.mgvq.widths.1: got 'x', wanted a whole number"),
-    ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method)"),
+    ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method, lora)"),
     ("model: {backbone: [1]}", "model.backbone: got [1], wanted keys and values (num_layers,"),
     ("- a\n- b", 'run.yaml: got ["a", "b"], wanted keys and values such as'),
     ("zero: a\nzero: b", "run.yaml: line 2: key 'zero' stands twice, first on line 1"),

@@ -19,6 +19,7 @@ from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
+from htc_megatron.weights.table import is_adapter
 
 
 class TrainingError(RuntimeError):
@@ -91,7 +92,13 @@ class Trainer:
                 set_rng_state(loaded.rng)
             return loaded.step
         if config.init_from:
-            load(config.init_from, self.state, optimizer=False)  # weights must fit; mask and fusion may differ between stages
+            # weights must fit, adapters may be new; mask and fusion may differ between stages
+            start, lora = load(config.init_from, self.state, optimizer=False, may_lack=is_adapter), config.model.lora
+            if start.config.model.lora.rank and start.config.model.lora.scale != lora.scale:
+                raise ConfigError(
+                    f"model.lora.alpha: got {lora.alpha}, wanted {start.config.model.lora.alpha} as in {start.folder}, whose adapters were "
+                    "trained with it"
+                )
         return 0
 
     def run(self) -> Path:
