@@ -245,6 +245,11 @@ BAD_COMBINATIONS = [
     ({"model.mgvq.widths": [8, 0, 8, 8]}, 1, "model.mgvq.widths: got 0, wanted a positive number"),
     ({"training.eval_interval": 5}, 1, "data.validation: got nothing, wanted a prepared folder with training.eval_interval 5"),
     ({"output_dir": ""}, 1, "output_dir: got nothing, wanted a folder for checkpoints and logs"),
+    ({"model.lora.rank": 8}, 1, "training.freeze: got vision, wanted backbone among them with model.lora.rank 8"),
+    ({"model.lora.rank": 8, "training.freeze": []}, 1, "training.freeze: got nothing, wanted backbone among them"),
+    ({"model.lora.rank": 8, "model.lora.targets": []}, 1, "model.lora.targets: got an empty list, wanted at least one"),
+    ({"model.lora.targets": ["q_proj", "q_proj"]}, 1, "model.lora.targets: got q_proj, q_proj, wanted each linear once"),
+    ({"model.lora.alpha": 0.0}, 1, "model.lora.alpha: got 0.0, wanted a positive number"),
 ]
 
 
@@ -270,6 +275,8 @@ def test_what_fits_is_accepted():
     # the sizes of a channel that is not there do not matter
     check(changed({CHANNELS: "continuous", "model.mgvq.image_size": 5, "model.method.num_anchors": 0}), 1)
     check(changed({CHANNELS: "discrete", "model.vision.image_size": 5, "training.freeze": ["vision", "projector"]}), 1)
+    everything = ["vision", "projector", "anchors", "voco", "backbone"]
+    check(changed({"model.lora.rank": 8, "model.lora.targets": ["q_proj", "v_proj"], "training.freeze": everything}), 1)
     check(changed({"optimizer.clip_grad": 0.0, "optimizer.warmup_ratio": 0.0, "model.method.image_sees": "prefix"}), 1)
 
 

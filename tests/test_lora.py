@@ -6,7 +6,7 @@ import torch
 from htc_megatron.config_io import load_zero
 from htc_megatron.parallel.support import REFERENCE, Layout
 from htc_megatron.weights.table import is_adapter, partition, weights
-from tests.lora_worker import adapter_gradients, lora_config, lora_steps
+from tests.lora_worker import adapter_gradients, beside_transformers, lora_config, lora_steps
 from tests.test_parity import assert_same, changes_of
 
 TARGETS = {
@@ -97,3 +97,14 @@ def test_gradients_need_their_sum_over_tensor_parallelism(ranks, sequence_parall
     layout = Layout(tp=2, sequence_parallel=sequence_parallel)
     with pytest.raises(AssertionError, match="another gradient on TP rank 1"):
         whole_gradients(ranks, layout, "copy_to_tensor_model_parallel_region")
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_equals_merged_weights_in_transformers(ranks, targets):
+    """Logits and gradients to 1e-5 of their norm: x (W + s B A)^T is rounded otherwise than x W^T + s (x A^T) B^T."""
+    pairs = ranks(1).run(beside_transformers, TARGETS[targets])[0]
+    model = lora_config(**TARGETS[targets]).model
+    assert len(pairs) == 2 + 2 * model.backbone.num_layers * len(model.lora.targets)  # two samples; an A and a B a linear
+    for name, (ours, theirs) in pairs.items():
+        error = float((ours - theirs).norm() / theirs.norm())
+        assert error < 1e-5, f"{name}: {error:.2e}"
