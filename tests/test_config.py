@@ -61,6 +61,12 @@ def test_base(tmp_path):
     assert (config.optimizer.lr, config.optimizer.beta1) == (0.25, 0.8)
 
 
+def test_a_configuration_from_before_there_were_adapters_has_none():
+    tree = to_dict(RunConfig())
+    del tree["model"]["lora"]
+    assert from_dict(tree) == RunConfig() and RunConfig().model.lora.rank == 0
+
+
 def test_another_kind_can_be_read(tmp_path):
     assert load_config(write(tmp_path, "lr: 3e-4"), ["beta2=0.95"], OptimizerConfig) == OptimizerConfig(lr=3e-4, beta2=0.95)
 
@@ -129,6 +135,8 @@ BAD_TEXT = [
     ("training: {freeze: [vison]}", "training.freeze.0: got 'vison', wanted vision, projector"),
     ("model: {mgvq: {widths: [8, x]}}", "model.mgvq.widths.1: got 'x', wanted a whole number"),
     ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method, lora)"),
+    ("model: {lora: {rank: 4, targets: [lm_head]}}", "model.lora.targets.0: got 'lm_head', wanted q_proj, k_proj, v_proj, o_proj, gate"),
+    ("model: {lora: {dropout: 0.1}}", "model.lora.dropout: unknown key; known here are rank, alpha, targets"),
     ("model: {backbone: [1]}", "model.backbone: got [1], wanted keys and values (num_layers,"),
     ("- a\n- b", 'run.yaml: got ["a", "b"], wanted keys and values such as'),
     ("zero: a\nzero: b", "run.yaml: line 2: key 'zero' stands twice, first on line 1"),
