@@ -104,7 +104,10 @@ LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(config=STRICT)
 class LoraConfig:
-    """LoRA on the backbone's linears, as peft defines it: y = W x + alpha / rank * B A x, without dropout."""
+    """LoRA on the backbone's linears, as peft defines it: y = W x + alpha / rank * B A x, without dropout.
+
+    Adapters are trained instead of the backbone, which training.freeze must name; front-end and voco row train as ever.
+    """
 
     rank: int = 0  # 0: no adapters
     alpha: float = 16.0

@@ -64,6 +64,15 @@ def test_equals_one_process(ranks, one_process, layout, targets):
     assert {name for name, value in moved.items() if value} == {n for n in moved if is_adapter(n) or n.startswith(trained)}
 
 
+@pytest.mark.parametrize("layout", [Layout(tp=2, sequence_parallel=True), Layout(pp=2, dp=2, recompute="full")], ids=str)
+def test_adapters_alone(ranks, layout):
+    """With the front-end frozen too, no gradient is wanted of the first layer's input, and adapters alone move."""
+    changes = {"training__freeze": ["vision", "projector", "anchors", "voco", "backbone"]}
+    results, moved = steps_of(ranks, layout, **changes)
+    assert_same(results, steps_of(ranks, REFERENCE, **changes)[0])
+    assert {name for name, value in moved.items() if value} == set(filter(is_adapter, moved))
+
+
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(tp=2, zero=3, sequence_parallel=True), Layout(pp=2, dp=2, zero=2)], ids=str)
 def test_bf16(ranks, layout):
     """The bounds of tests/test_parity.py: TP splits products whose parts are rounded to 2^-8, PP and DP split none."""

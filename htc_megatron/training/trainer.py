@@ -93,11 +93,11 @@ class Trainer:
             return loaded.step
         if config.init_from:
             # weights must fit, adapters may be new; mask and fusion may differ between stages
-            start, lora = load(config.init_from, self.state, optimizer=False, may_lack=is_adapter), config.model.lora
-            if start.config.model.lora.rank and start.config.model.lora.scale != lora.scale:
+            start = load(config.init_from, self.state, optimizer=False, may_lack=is_adapter)
+            saved, alpha = start.config.model.lora, config.model.lora.alpha
+            if saved.rank and saved.alpha != alpha:
                 raise ConfigError(
-                    f"model.lora.alpha: got {lora.alpha}, wanted {start.config.model.lora.alpha} as in {start.folder}, whose adapters were "
-                    "trained with it"
+                    f"model.lora.alpha: got {alpha}, wanted {saved.alpha}, which the adapters in {start.folder} were trained with"
                 )
         return 0
 
