@@ -6,7 +6,7 @@ carries that sentence.
 """
 
 from dataclasses import field
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -100,12 +100,33 @@ class MethodConfig:
     text_sees: Literal["all", "voco_on"] = "all"
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(config=STRICT)
+class LoraConfig:
+    """LoRA on the backbone's linears, as peft defines it: y = W x + alpha / rank * B A x, without dropout.
+
+    Adapters are trained instead of the backbone, which training.freeze must name; front-end and voco row train as ever.
+    """
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)  # Hugging Face's linears, each with an A and a B of its own
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by (1 without adapters)."""
+        return self.alpha / self.rank if self.rank else 1.0
+
+
 @dataclass(config=STRICT)
 class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     mgvq: MGVQConfig = field(default_factory=MGVQConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def num_patches(self) -> int:
@@ -155,7 +176,7 @@ class OptimizerConfig:
     min_lr: float = 0.0
     warmup_ratio: float = 0.03  # share of train_iters
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0  # matrices only; norms, biases and embeddings are never decayed
+    weight_decay: float = 0.0  # matrices only, adapters among them; norms, biases and embeddings are never decayed
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -170,7 +191,7 @@ class TrainingConfig:
     seq_length: int = 2048  # tokens of a packed row
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
-    freeze: tuple[Literal["vision", "projector", "anchors", "backbone", "voco"], ...] = ("vision",)
+    freeze: tuple[Literal["vision", "projector", "anchors", "backbone", "voco"], ...] = ("vision",)  # adapters are no part of backbone
     eval_interval: int = 0  # steps; 0: never
     eval_iters: int = 10
     save_interval: int = 0  # steps; 0: at the end only

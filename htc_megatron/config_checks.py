@@ -9,10 +9,21 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from htc_megatron.config import BackboneConfig, ConfigError, MethodConfig, MGVQConfig, ModelConfig, ParallelConfig, RunConfig, VisionConfig
+from htc_megatron.config import (
+    BackboneConfig,
+    ConfigError,
+    LoraConfig,
+    MethodConfig,
+    MGVQConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    VisionConfig,
+)
 
 # Numbers that may be zero; every other number of a configuration is positive.
 MAY_BE_ZERO = {
+    "model.lora.rank",
     "model.method.num_voco_tokens",
     "model.method.voco_token_id",
     "model.method.num_anchors",
@@ -42,6 +53,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
             *_pipeline(config),
             *_sequence(config),
             *_optimizer(config),
+            *_lora_training(config),
             *_training(config, world_size),
         ]
     )
@@ -80,6 +92,7 @@ def _divides(key: str, value: int, by: int, what: str) -> Iterator[str]:
 def _model(model: ModelConfig) -> Iterator[str]:
     yield from _backbone(model.backbone)
     yield from _method(model.method, model.backbone)
+    yield from _lora(model.lora)
     if model.method.channels != "discrete":
         yield from _vision(model.vision)
     if model.method.channels != "continuous":
@@ -106,6 +119,22 @@ def _method(method: MethodConfig, backbone: BackboneConfig) -> Iterator[str]:
         yield f"{key}.num_anchors: got 0, wanted at least 1 with channels {method.channels}"
     if method.num_voco_tokens and method.voco_token_id >= backbone.vocab_size:
         yield f"{key}.voco_token_id: got {method.voco_token_id}, wanted less than model.backbone.vocab_size, {backbone.vocab_size}"
+
+
+def _lora(lora: LoraConfig) -> Iterator[str]:
+    key = "model.lora.targets"
+    if lora.rank and not lora.targets:
+        yield f"{key}: got an empty list, wanted at least one of the backbone's linears with model.lora.rank {lora.rank}"
+    if len(set(lora.targets)) != len(lora.targets):
+        yield f"{key}: got {', '.join(lora.targets)}, wanted each linear once"
+
+
+def _lora_training(config: RunConfig) -> Iterator[str]:
+    if config.model.lora.rank and "backbone" not in config.training.freeze:
+        yield (
+            f"training.freeze: got {', '.join(config.training.freeze) or 'nothing'}, wanted backbone among them with model.lora.rank "
+            f"{config.model.lora.rank}: adapters are trained instead of the backbone"
+        )
 
 
 def _vision(vision: VisionConfig) -> Iterator[str]:
@@ -185,7 +214,7 @@ def _training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             dp, known = world_size // (tp * pp), f"micro_batch_size {micro} x data-parallel size {world_size // (tp * pp)}"
     yield from _divides("training.global_batch_size", training.global_batch_size, micro * dp, known)
     parts = _trainable_parts(config.model)
-    if parts <= set(training.freeze):
+    if parts <= set(training.freeze) and not config.model.lora.rank:
         yield f"training.freeze: got {', '.join(training.freeze)}, wanted one or more of {', '.join(sorted(parts))} left to train"
     if training.eval_interval and not config.data.validation:
         yield f"data.validation: got nothing, wanted a prepared folder with training.eval_interval {training.eval_interval}"

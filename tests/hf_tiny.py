@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from htc_megatron.config import BackboneConfig, MethodConfig, MGVQConfig, ModelConfig, VisionConfig
+from htc_megatron.config import BackboneConfig, LoraConfig, MethodConfig, MGVQConfig, ModelConfig, VisionConfig
 from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.model.mgvq import build_mgvq
@@ -65,7 +65,9 @@ def tiny_batch(config: HTCVLMConfig, rows: list[list[int | str]], side: str = "l
     return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
 
 
-def tiny_training_config(vocab_size: int = 64, voco: int = VOCO, qkv_bias: bool = False, tied: bool = False, **method) -> ModelConfig:
+def tiny_training_config(
+    vocab_size: int = 64, voco: int = VOCO, qkv_bias: bool = False, tied: bool = False, lora: LoraConfig | None = None, **method
+) -> ModelConfig:
     """The training side of `tiny_config`."""
     text = dict(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, max_position_embeddings=512)
     mgvq = {name: tuple(value) if isinstance(value, list) else value for name, value in MGVQ.items()}
@@ -77,6 +79,7 @@ def tiny_training_config(vocab_size: int = 64, voco: int = VOCO, qkv_bias: bool 
         vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, ffn_hidden_size=32, num_layers=2, num_attention_heads=2),
         mgvq=MGVQConfig(**mgvq),
         method=MethodConfig(**chosen),
+        lora=lora or LoraConfig(),
     )
 
 

@@ -90,6 +90,31 @@ def test_a_checkpoint_of_another_model_is_noticed(tmp_path):
         CheckpointReader(folder).check_model()
 
 
+def test_weights_that_may_be_missing(tmp_path):
+    """All of them may, and stay as they are; some of them alone may not, nor any other weight."""
+    state = plain(whole_model(1))
+    norms = [entry for entry in state.entries if "backbone" in entry.name and "layernorm" in entry.name]
+    others = [entry for entry in state.entries if entry not in norms]
+    all_missing, some_missing, one_more = ([*others], [*others, norms[0]], others[1:])
+    folders = [
+        checkpoint.save(tmp_path / str(i), checkpoint.PlainState(entries, Place()), step=1, config=RunConfig(model=MODEL))
+        for i, entries in enumerate((all_missing, some_missing, one_more))
+    ]
+
+    def may_lack(name: str) -> bool:
+        return name in {entry.name for entry in norms}
+
+    target, new = plain(whole_model(2)), {entry.name: entry.param for entry in plain(whole_model(2)).entries}
+    checkpoint.load(folders[0], target, may_lack=may_lack)
+    for loaded, saved in zip(target.entries, state.entries, strict=True):
+        assert torch.equal(loaded.param, new[loaded.name] if may_lack(loaded.name) else saved.param), loaded.name
+    for folder, missing in ((folders[1], norms[1:]), (folders[2], [others[0]])):
+        with pytest.raises(CheckpointError, match=f"tensors {len(missing)} missing: .*{missing[0].name}"):
+            checkpoint.load(folder, plain(whole_model(2)), may_lack=may_lack)
+    with pytest.raises(CheckpointError, match=f"tensors {len(norms)} missing: .*{norms[0].name}"):
+        checkpoint.load(folders[0], plain(whole_model(2)))
+
+
 def test_writer_streams_weights(tmp_path):
     values = {name: value.bfloat16() if "fc1" in name else value for name, value in whole_model().items()}
     with CheckpointWriter(tmp_path, RunConfig(model=MODEL), file_bytes=2000) as writer:

@@ -61,6 +61,12 @@ def test_base(tmp_path):
     assert (config.optimizer.lr, config.optimizer.beta1) == (0.25, 0.8)
 
 
+def test_a_configuration_from_before_there_were_adapters_has_none():
+    tree = to_dict(RunConfig())
+    del tree["model"]["lora"]
+    assert from_dict(tree) == RunConfig() and RunConfig().model.lora.rank == 0
+
+
 def test_another_kind_can_be_read(tmp_path):
     assert load_config(write(tmp_path, "lr: 3e-4"), ["beta2=0.95"], OptimizerConfig) == OptimizerConfig(lr=3e-4, beta2=0.95)
 
@@ -128,7 +134,9 @@ BAD_TEXT = [
     ("training: {freeze: vision}", "training.freeze: got 'vision', wanted a list, each entry vision, projector, anchors, backbone or voco"),
     ("training: {freeze: [vison]}", "training.freeze.0: got 'vison', wanted vision, projector"),
     ("model: {mgvq: {widths: [8, x]}}", "model.mgvq.widths.1: got 'x', wanted a whole number"),
-    ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method)"),
+    ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method, lora)"),
+    ("model: {lora: {rank: 4, targets: [lm_head]}}", "model.lora.targets.0: got 'lm_head', wanted q_proj, k_proj, v_proj, o_proj, gate"),
+    ("model: {lora: {dropout: 0.1}}", "model.lora.dropout: unknown key; known here are rank, alpha, targets"),
     ("model: {backbone: [1]}", "model.backbone: got [1], wanted keys and values (num_layers,"),
     ("- a\n- b", 'run.yaml: got ["a", "b"], wanted keys and values such as'),
     ("zero: a\nzero: b", "run.yaml: line 2: key 'zero' stands twice, first on line 1"),
@@ -245,6 +253,11 @@ BAD_COMBINATIONS = [
     ({"model.mgvq.widths": [8, 0, 8, 8]}, 1, "model.mgvq.widths: got 0, wanted a positive number"),
     ({"training.eval_interval": 5}, 1, "data.validation: got nothing, wanted a prepared folder with training.eval_interval 5"),
     ({"output_dir": ""}, 1, "output_dir: got nothing, wanted a folder for checkpoints and logs"),
+    ({"model.lora.rank": 8}, 1, "training.freeze: got vision, wanted backbone among them with model.lora.rank 8"),
+    ({"model.lora.rank": 8, "training.freeze": []}, 1, "training.freeze: got nothing, wanted backbone among them"),
+    ({"model.lora.rank": 8, "model.lora.targets": []}, 1, "model.lora.targets: got an empty list, wanted at least one"),
+    ({"model.lora.targets": ["q_proj", "q_proj"]}, 1, "model.lora.targets: got q_proj, q_proj, wanted each linear once"),
+    ({"model.lora.alpha": 0.0}, 1, "model.lora.alpha: got 0.0, wanted a positive number"),
 ]
 
 
@@ -270,6 +283,8 @@ def test_what_fits_is_accepted():
     # the sizes of a channel that is not there do not matter
     check(changed({CHANNELS: "continuous", "model.mgvq.image_size": 5, "model.method.num_anchors": 0}), 1)
     check(changed({CHANNELS: "discrete", "model.vision.image_size": 5, "training.freeze": ["vision", "projector"]}), 1)
+    everything = ["vision", "projector", "anchors", "voco", "backbone"]
+    check(changed({"model.lora.rank": 8, "model.lora.targets": ["q_proj", "v_proj"], "training.freeze": everything}), 1)
     check(changed({"optimizer.clip_grad": 0.0, "optimizer.warmup_ratio": 0.0, "model.method.image_sees": "prefix"}), 1)
 
 

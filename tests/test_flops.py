@@ -58,6 +58,21 @@ def test_backward_costs_twice_the_forward_where_all_is_trained():
     assert step_flops(config, [batch]) == pytest.approx(3 * step_flops(alone, [batch]))
 
 
+def test_adapters_are_trained_and_the_backbone_around_them_passes_gradients_on():
+    everything = ["vision", "projector", "anchors", "voco", "backbone"]
+    batch, alone, lora = (
+        micro_batch(tiny_config(), 0),
+        tiny_config(training__freeze=everything),
+        {"rank": 4, "targets": ["q_proj", "o_proj"]},
+    )
+    config = tiny_config(training__freeze=everything, model__lora=lora)
+    tokens = int((batch.layout.samples[:, 2] - batch.layout.samples[:, 1]).sum())
+    adapters = 4 * 2 * (4 * (32 + 32))  # layers, targets, rank (in + out)
+    frozen = tiny_config(training__freeze=["vision", "projector", "anchors", "backbone"])  # the voco row wants gradients of the backbone
+    trunk = step_flops(frozen, [batch]) - step_flops(alone, [batch])
+    assert step_flops(config, [batch]) == pytest.approx(step_flops(alone, [batch]) + trunk + 6 * adapters * tokens)
+
+
 def test_measuring_the_peak_draws_nothing_from_the_run():
     """It runs after a resumed run's random state was restored, which must stay what the checkpoint says."""
     before = torch.get_rng_state()

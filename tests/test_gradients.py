@@ -4,11 +4,16 @@ The parity tests compare layouts of our code with each other; this one would see
 weight's gradient agrees to 1e-4 of its own norm (sums in another order, through six layers).
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
+from htc_megatron.config import RunConfig
 from htc_megatron.model.htc_vlm import HTCVLM
 from htc_megatron.model.initialisation import initial_value
+from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mask import VISUAL, token_kinds
 from htc_megatron.model.naming import stage_entries
 from htc_megatron.parallel import groups as process_groups
@@ -28,8 +33,6 @@ VARIANTS = {
 
 def gradients(method: dict, recompute: str, **changes) -> tuple[dict, dict]:
     """Gradients by name in the export's form: ours, transformers'."""
-    from htc_megatron.model.mgvq import build_mgvq
-
     config = tiny_config(parallel__recompute=recompute, **{f"model__method__{key}": value for key, value in method.items()}, **changes)
     process_groups.initialise(config.parallel, 0)
     stage = HTCVLM(config, True, True, 0, torch.device("cpu"))
@@ -43,15 +46,25 @@ def gradients(method: dict, recompute: str, **changes) -> tuple[dict, dict]:
     for entry in entries:
         if entry.param.grad is not None and entry.name != "frontend.voco.weight":
             ours |= to_hf(entry.weight, entry.param.grad.view(entry.weight.shape))
+    tensors = {entry.name: entry.param.detach().view(entry.weight.shape).clone() for entry in entries}
+    model = in_transformers(config, tensors, batch)[0]
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return ours, theirs
+
+
+def in_transformers(config: RunConfig, tensors: dict[str, Tensor], batch: MicroBatch, change: Callable = lambda model: None):
+    """The Hugging Face model of these weights, `change`d, after forward and backward of the batch; and for each sample its logits
+    with their row and columns in the batch: (row, columns, logits)."""
+    from htc_megatron.model.mgvq import build_mgvq
 
     torch.manual_seed(0)
-    tensors = {entry.name: entry.param.detach().view(entry.weight.shape).clone() for entry in entries}
     hybrid = config.model.method.channels != "continuous"
     mgvq = build_mgvq(config.model.mgvq, encoder_only=True).state_dict() if hybrid else None
     if hybrid:
         mgvq["quantize.embedding.weight"] = tensors["frontend.codebook.weight"]
     model = hf_from_tensors(config.model, tensors, mgvq).train()
-    kinds, image = token_kinds(batch.layout)[0], 0
+    change(model)
+    kinds, image, samples = token_kinds(batch.layout)[0], 0, []
     for index, (row, start, stop) in enumerate(batch.layout.samples.tolist()):
         count = int((batch.layout.images[:, 0] == index).sum())
         keep = kinds[row, start:stop] != VISUAL
@@ -64,10 +77,10 @@ def gradients(method: dict, recompute: str, **changes) -> tuple[dict, dict]:
             model.model.mgvq.encode = lambda pixels, codes=codes: codes  # the batch's codes, not those of its noise
             inputs["mgvq_pixel_values"] = torch.zeros(count, 3, config.model.mgvq.image_size, config.model.mgvq.image_size)
         image += count
-        logits = model(ids[keep][None], **inputs).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, labels[keep][1:], reduction="sum", ignore_index=-100).backward()
-    theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return ours, theirs
+        logits = model(ids[keep][None], **inputs).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], labels[keep][1:], reduction="sum", ignore_index=-100).backward()
+        samples.append((row, start + keep.nonzero()[:, 0], logits.detach()))
+    return model, samples
 
 
 def assert_same(ours: dict, theirs: dict) -> None:

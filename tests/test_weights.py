@@ -7,12 +7,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from htc_megatron.config import BackboneConfig, ConfigError, ModelConfig
+from htc_megatron.config import BackboneConfig, ConfigError, LoraConfig, ModelConfig
+from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.modeling_mgvq import MGVQ
 from htc_megatron.weights import Weight, padded_vocab_size, partition, weights
-from htc_megatron.weights.convert import from_hf, to_hf
+from htc_megatron.weights.convert import from_hf, merge_lora, to_hf
 from htc_megatron.weights.export import hf_config, planned_entries
 from htc_megatron.weights.safetensors_stream import INDEX_NAME, Entry, plan_files, write_files
+from htc_megatron.weights.table import is_adapter
 from tests.hf_tiny import tiny_training_config, tiny_weights
 
 VARIANTS = [
@@ -22,7 +24,11 @@ VARIANTS = [
     dict(channels="continuous", projector="linear"),
     dict(channels="discrete"),
     dict(mask="none", num_voco_tokens=0),
+    dict(lora=LoraConfig(3)),
+    dict(lora=LoraConfig(3, targets=("v_proj", "q_proj", "down_proj")), qkv_bias=True),
+    dict(lora=LoraConfig(3, targets=("k_proj", "v_proj", "o_proj", "up_proj"))),
 ]
+LORA = [variant["lora"] for variant in VARIANTS if "lora" in variant]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -122,6 +128,70 @@ def test_fused_qkv_gives_each_group_its_queries_key_and_value(bias):
     torch.testing.assert_close(q, groups[:, :2].reshape(4, 4))
     torch.testing.assert_close(k, groups[:, 2])
     torch.testing.assert_close(v, groups[:, 3])
+
+
+@pytest.mark.parametrize("lora", LORA, ids=str)
+def test_adapters_are_pefts(lora):
+    """Exactly an A [rank, in] and a B [out, rank] for each target of each layer, under the linear's own name."""
+    model = tiny_training_config(lora=lora)
+    found = {}
+    for weight in weights(model):
+        if is_adapter(weight.name):
+            found |= {name: tuple(part.shape) for name, part in to_hf(weight, torch.zeros(weight.shape)).items()}
+    linears = {name: module for name, module in HTCVLMForConditionalGeneration(hf_config(model)).named_modules() if _targeted(name, lora)}
+    assert len(linears) == model.backbone.num_layers * len(lora.targets)
+    wanted = {f"{name}.lora_A.weight": (lora.rank, linear.in_features) for name, linear in linears.items()}
+    assert found == wanted | {f"{name}.lora_B.weight": (linear.out_features, lora.rank) for name, linear in linears.items()}
+
+
+def _targeted(name: str, lora: LoraConfig) -> bool:
+    return name.startswith("model.language_model.layers.") and name.split(".")[-1] in lora.targets
+
+
+def test_a_model_without_adapters_has_no_rows_of_them():
+    model = tiny_training_config(lora=LoraConfig(0, targets=("q_proj",)))
+    assert not any(is_adapter(weight.name) or weight.adapted for weight in weights(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", LORA, ids=str)
+def test_merging_is_pefts(lora, dtype):
+    """peft: W + (B A) alpha / rank for each of Hugging Face's linears, here rounded to the base's type once; all else untouched."""
+    model = tiny_training_config(lora=lora)
+    tensors = {name: tensor.to(dtype) for name, tensor in tiny_weights(model)[0].items()}
+    parts: dict[str, torch.Tensor] = {}
+    for weight in weights(model):
+        parts |= to_hf(weight, tensors[weight.name])
+    merged = 0
+    for weight in weights(model):
+        if is_adapter(weight.name) or not weight.adapted:
+            assert is_adapter(weight.name) or not any(_targeted(name.removesuffix(".weight"), lora) for name in weight.hf)
+            continue
+        stem = weight.name.removesuffix("weight")
+        ours = merge_lora(weight, tensors[weight.name], tensors[stem + "lora_A"], tensors[stem + "lora_B"], lora.scale)
+        assert ours.dtype == dtype
+        for name, part in to_hf(weight, ours).items():
+            linear = name.removesuffix(".weight")
+            wanted = parts[name]
+            if _targeted(linear, lora):
+                a, b = parts[f"{linear}.lora_A.weight"].float(), parts[f"{linear}.lora_B.weight"].float()
+                wanted, merged = (wanted.float() + (b @ a) * (lora.alpha / lora.rank)).to(dtype), merged + 1
+                assert not torch.equal(wanted, parts[name])
+            torch.testing.assert_close(part, wanted, rtol=1e-6 if dtype is torch.float32 else 2**-8, atol=1e-6)
+    assert merged == model.backbone.num_layers * len(lora.targets)
+
+
+def test_merging_refuses_what_does_not_fit():
+    model = tiny_training_config(lora=LORA[1])
+    table = {weight.name: weight for weight in weights(model)}
+    name = "backbone.decoder.layers.0.self_attention.linear_qkv."
+    base, a, b = (torch.zeros(table[name + last].shape) for last in ("weight", "lora_A", "lora_B"))
+    with pytest.raises(ConfigError, match=r"lora_A of .*linear_qkv.weight has shape \(1, 3, 32\), wanted \(2, 3, 32\)"):
+        merge_lora(table[name + "weight"], base, a[:1], b, 1.0)
+    with pytest.raises(ConfigError, match=r"lora_B of .*linear_qkv.weight has shape \(64, 3\), wanted \(48, 3\)"):
+        merge_lora(table[name + "weight"], base, a, torch.zeros(64, 3), 1.0)
+    with pytest.raises(ConfigError, match="linear_fc1.weight has no adapters"):
+        merge_lora(table["backbone.decoder.layers.0.mlp.linear_fc1.weight"], base, a, b, 1.0)
 
 
 def test_conversion_refuses_what_does_not_fit():

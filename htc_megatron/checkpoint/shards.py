@@ -113,8 +113,8 @@ class PlainState:
 def shard_of(
     entry: Entry, place: Place, kind: str, start: int, numel: int, read: Callable[[], Tensor], write: Callable, stored: bool = True
 ) -> Shard:
-    """A Shard of `entry`. kind: `model` or `optimizer/<moment>`. Replicated weights are stored by TP rank 0 alone."""
+    """A Shard of `entry`. kind: `model` or `optimizer/<moment>`. Weights that TP does not cut are stored by TP rank 0 alone."""
     weight = entry.weight
-    once = weight.rule != "replicated" or place.tp_rank == 0
+    once = weight.is_cut or place.tp_rank == 0
     part = partition(weight, place.tp_rank, place.tp_size)
     return Shard(f"{kind}/{entry.name}", weight.shape, part, start, numel, read, write, stored and once)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,10 +249,18 @@ class Loaded:
     config: RunConfig
 
 
-def load(folder: str | Path, state: State, *, optimizer: bool = True, group: ProcessGroup | None = None) -> Loaded:
+def load(
+    folder: str | Path,
+    state: State,
+    *,
+    optimizer: bool = True,
+    may_lack: Callable[[str], bool] = lambda name: False,
+    group: ProcessGroup | None = None,
+) -> Loaded:
     """Fill `state` from a checkpoint (or the latest in a folder of them), whatever layout wrote it. Collective over `group`.
 
     optimizer: whether moments and step count are wanted too (resuming) or weights alone (starting from a model).
+    may_lack: names of weights that the checkpoint may be without, all of them or none; such weights stay as they are.
     Raises CheckpointError on every rank, with the whole list, if a tensor is missing, misshapen or one too many, or a
     file is not what was written. Nothing is written into the state before names, shapes and files are checked.
     """
@@ -261,9 +270,12 @@ def load(folder: str | Path, state: State, *, optimizer: bool = True, group: Pro
     wanted: dict[str, tuple[int, ...]] = {}
     for shapes in together.share(state.shapes(optimizer) if first else {}):
         wanted.update(shapes)
+    lacking = {key for key in wanted if may_lack(key.rpartition("/")[2])}
+    if lacking.isdisjoint(reader.manifest.tensors):
+        wanted = {key: shape for key, shape in wanted.items() if key not in lacking}
     together.run(lambda: _compare(reader, wanted, optimizer))
     together.run(lambda: state.begin_load(reader.manifest.optimizer_step if optimizer else None))
-    together.run(lambda: _fill(reader, state, optimizer))
+    together.run(lambda: _fill(reader, state, wanted, optimizer))
     state.finish_load()
     return Loaded(reader.folder, reader.step, reader.extra, _random_states(reader, state.place), reader.layout, reader.config)
 
@@ -282,8 +294,10 @@ def _compare(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]], optim
         raise CheckpointError(f"{reader.folder} does not fit this model; tensors {'; '.join(wrong)}")
 
 
-def _fill(reader: CheckpointReader, state: State, optimizer: bool) -> None:
+def _fill(reader: CheckpointReader, state: State, wanted: Container[str], optimizer: bool) -> None:
     for shard in state.shards(optimizer):
+        if shard.key not in wanted:
+            continue
         value = torch.zeros(shard.numel)  # padding rows, which no checkpoint holds, become zero
         for box, piece in shard.boxes():
             reader.read_box(shard.key, box, out=value[piece].view(box.size))

@@ -14,9 +14,9 @@ from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
 from htc_megatron.model.mask import MaskRule
 from htc_megatron.model.naming import is_decayed
 from htc_megatron.parallel.tied import TiedEmbedding
-from htc_megatron.weights.table import padded_vocab_size
+from htc_megatron.weights.table import is_adapter, padded_vocab_size
 
-# What `training.freeze` may name, and the parameters it means. The codebook is frozen always.
+# What `training.freeze` may name, and the parameters it means: LoRA's adapters are none of them. The codebook is frozen always.
 COMPONENTS = {
     "vision": "frontend.vision.",
     "projector": "frontend.projector.",
@@ -53,7 +53,7 @@ class HTCVLM(nn.Module):
             self.frontend = HybridFrontEnd(model, vision_config(config, device.type == "cpu"))
         self.backbone = GPTModel(
             self.config,
-            backbone_spec(model.backbone.num_layers // parallel.pipeline_model_parallel_size),
+            backbone_spec(config),
             vocab_size=self.padded_vocab,
             max_sequence_length=model.backbone.max_position_embeddings,
             pre_process=first,
@@ -82,7 +82,7 @@ class HTCVLM(nn.Module):
     def _freeze(self, config: RunConfig) -> None:
         prefixes = tuple(COMPONENTS[name] for name in config.training.freeze)
         for name, parameter in self.named_parameters():
-            if prefixes and name.startswith(prefixes):
+            if prefixes and name.startswith(prefixes) and not is_adapter(name):
                 parameter.requires_grad_(False)
         # DeepSpeed sums the gradient norm over the stages once a parameter group, so every stage must hold the same groups,
         # none of them empty. Where all is frozen, a stand-in takes part with weight zero and never moves.

@@ -22,20 +22,27 @@ def _standard_deviation(weight: Weight) -> float:
 
 
 def _drawn(weight: Weight, seed: int, start: int, stop: int) -> Tensor:
-    """Entries [start, stop) of the flattened stored tensor, standard normal."""
+    """Entries [start, stop) of the flattened stored tensor: standard normal, an adapter's A uniform in [-1, 1)."""
     total, pieces = math.prod(weight.shape), []
     for first in range(start - start % BLOCK, stop, BLOCK):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{weight.name}/{first // BLOCK}".encode()))
-        values = torch.randn(min(BLOCK, total - first), generator=generator)
+        count = min(BLOCK, total - first)
+        if weight.name.endswith(".lora_A"):
+            values = torch.rand(count, generator=generator) * 2 - 1
+        else:
+            values = torch.randn(count, generator=generator)
         pieces.append(values[max(start - first, 0) : stop - first])
     return torch.cat(pieces)
 
 
 def initial_value(weight: Weight, seed: int, tp_rank: int, tp_size: int) -> Tensor:
-    """This TP rank's share of a new weight, fp32, in its local shape. Norms are one, biases zero, padding rows zero."""
+    """This TP rank's share of a new weight, fp32, in its local shape. Norms are one, biases zero, padding rows zero.
+
+    Adapters as in peft: A uniform in +-1 / sqrt(inputs), B zero, so a new adapter changes nothing.
+    """
     part = partition(weight, tp_rank, tp_size)
     last = weight.name.rsplit(".", 1)[-1]
-    if "norm" in weight.name or last == "bias":
+    if "norm" in weight.name or last in ("bias", "lora_B"):
         return torch.full(part.local_shape, 1.0 if last == "weight" else 0.0)
     local = torch.zeros(part.view_shape)
     inner = math.prod(weight.shape[1:])

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from htc_megatron.config import RunConfig
 from htc_megatron.model.attention import FullAttention, LayoutAttention
+from htc_megatron.model.lora import Fused, LoraColumnParallelLinear, LoraRowParallelLinear
+from htc_megatron.weights.table import LINEARS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,7 +58,14 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType) -> ModuleSpec:
+def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType, linears: dict[str, ModuleSpec] | None = None) -> ModuleSpec:
+    """linears: by name, those that are not plain tensor-parallel ones."""
+    linears = {
+        "linear_qkv": ModuleSpec(module=ColumnParallelLinear),
+        "linear_proj": ModuleSpec(module=RowParallelLinear),
+        "linear_fc1": ModuleSpec(module=ColumnParallelLinear),
+        "linear_fc2": ModuleSpec(module=RowParallelLinear),
+    } | (linears or {})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -65,25 +74,46 @@ def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType) -> Mo
                 module=SelfAttention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears["linear_qkv"],
                     core_attention=core_attention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears["linear_proj"],
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linears["linear_fc1"], linear_fc2=linears["linear_fc2"])),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def backbone_spec(num_layers_here: int) -> TransformerBlockSubmodules:
+def backbone_spec(config: RunConfig) -> TransformerBlockSubmodules:
     """Layers of one pipeline stage and the block's final norm (built on the last stage only)."""
-    spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers_here, layer_norm=RMSNorm)
+    spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal, _adapted_linears(config))
+    layers = config.model.backbone.num_layers // config.parallel.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def _adapted_linears(config: RunConfig) -> dict[str, ModuleSpec]:
+    """The backbone's linears that have LoRA adapters."""
+    lora, bb, tp = config.model.lora, config.model.backbone, config.parallel.tensor_model_parallel_size
+    head_dim = bb.hidden_size // bb.num_attention_heads
+    rows = {  # of the linears that mcore fuses: (groups over all TP ranks, rows of each linear in one)
+        "linear_qkv": (bb.num_query_groups, (bb.num_attention_heads // bb.num_query_groups * head_dim, head_dim, head_dim)),
+        "linear_fc1": (tp, (bb.ffn_hidden_size // tp,) * 2),
+    }
+    found = {}
+    for name, linears in LINEARS.items():
+        adapted, options = tuple(x in lora.targets for x in linears), {"rank": lora.rank, "scale": lora.scale}
+        if not lora.rank or not any(adapted):
+            continue
+        if name in rows:
+            found[name] = ModuleSpec(module=LoraColumnParallelLinear, params=options | {"fused": Fused(*rows[name], adapted)})
+        else:
+            found[name] = ModuleSpec(module=LoraRowParallelLinear, params=options)
+    return found
 
 
 def vision_spec(num_layers: int) -> TransformerBlockSubmodules:

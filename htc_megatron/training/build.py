@@ -25,7 +25,7 @@ def build_engine(config: RunConfig, zero: dict, groups: Groups, codebook: Tensor
     def fill(module: nn.Module, whole) -> None:
         for entry in entries_of_stage(module, config, groups):
             # mcore sets this where it initialises; the gradient norm counts a weight on every TP rank, or once, by it
-            entry.param.tensor_model_parallel = entry.weight.rule != "replicated"
+            entry.param.tensor_model_parallel = entry.weight.is_cut
             with whole([entry.param], write=True), torch.no_grad():
                 if codebook is not None and entry.name == "frontend.codebook.weight":
                     entry.param.copy_(codebook)

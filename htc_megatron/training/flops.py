@@ -4,6 +4,7 @@ Counted is what the method needs, not what an implementation spends: attention u
 logits at supervised tokens only, no padding, no recomputation. A multiply-add is two operations.
 """
 
+import math
 import time
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from htc_megatron.config import RunConfig
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mask import MaskRule
+from htc_megatron.weights.table import is_adapter, weights
 
 # Dense bf16 (or fp32 where noted) peak of one device in FLOP/s, from the vendors' data sheets.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40": 181e12, "V100": 125e12}
@@ -56,6 +58,7 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
     """Operations of forward and backward for some micro-batches.
 
     A trained part costs three times its forward, one that only passes gradients on twice, one behind which nothing is trained once.
+    Adapters are trained, and the frozen backbone between them passes gradients on.
     """
     model, frozen = config.model, set(config.training.freeze)
     bb, vision, method = model.backbone, model.vision, model.method
@@ -83,9 +86,11 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
     def cost(part: str, behind: bool) -> int:
         return 3 if part not in frozen else 2 if behind else 1
 
-    front = {"vision", "projector", "anchors", "voco"} - frozen
+    behind = {"vision", "projector", "anchors", "voco"} - frozen
+    adapters = sum(math.prod(weight.shape) for weight in weights(model) if is_adapter(weight.name))
     return (
-        trunk * cost("backbone", bool(front))
+        trunk * cost("backbone", bool(behind or adapters))
+        + 3 * 2 * adapters * tokens
         + projector * cost("projector", "vision" not in frozen)
         + tower * cost("vision", False)
         + anchors * cost("anchors", False)

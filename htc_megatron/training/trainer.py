@@ -21,6 +21,7 @@ from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
+from htc_megatron.weights.table import is_adapter
 
 DATA = "data_fingerprint"  # what a checkpoint's `extra` calls the data that its step number is a place in
 
@@ -119,7 +120,13 @@ class Trainer:
                 set_rng_state(loaded.rng)
             return loaded.step
         if config.init_from:
-            load(config.init_from, self.state, optimizer=False)  # weights must fit; mask and fusion may differ between stages
+            # weights must fit, adapters may be new; mask and fusion may differ between stages
+            start = load(config.init_from, self.state, optimizer=False, may_lack=is_adapter)
+            saved, alpha = start.config.model.lora, config.model.lora.alpha
+            if saved.rank and saved.alpha != alpha:
+                raise ConfigError(
+                    f"model.lora.alpha: got {alpha}, wanted {saved.alpha}, which the adapters in {start.folder} were trained with"
+                )
         return 0
 
     def run(self) -> Path:

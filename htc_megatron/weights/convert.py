@@ -1,5 +1,7 @@
 """One weight between its stored global form and Hugging Face's tensors, in both directions; pure functions."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ def to_hf(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
     if tuple(tensor.shape) != weight.shape:
         raise ConfigError(f"{weight.name} has shape {tuple(tensor.shape)}, wanted {weight.shape}")
     if weight.rule == "qkv":
-        parts = [part.flatten(0, 2) for part in _heads(weight, tensor).split((weight.queries_per_group, 1, 1), dim=1)]
-    elif weight.rule == "gated":
+        parts = [part.flatten(0, 2) for part in _heads(weight, tensor).split(weight.heads_per_group, dim=1)]
+    elif weight.rule in ("gated", "stacked"):
         parts = list(tensor)
     else:
         parts = [tensor] * len(weight.hf)
@@ -28,11 +30,11 @@ def from_hf(weight: Weight, tensors: dict[str, Tensor]) -> Tensor:
     parts = [tensors[name] for name in weight.hf]
     try:
         if weight.rule == "qkv":
-            counts = (weight.queries_per_group, 1, 1)
-            shaped = [p.reshape(weight.groups, n, weight.head_dim, *p.shape[1:]) for p, n in zip(parts, counts, strict=True)]
+            heads = zip(parts, weight.heads_per_group, strict=True)
+            shaped = [part.reshape(weight.groups, count, weight.head_dim, *part.shape[1:]) for part, count in heads]
             tensor = torch.cat(shaped, dim=1).flatten(0, 2)
         else:
-            tensor = torch.stack(parts) if weight.rule == "gated" else parts[0]
+            tensor = torch.stack(parts) if weight.rule in ("gated", "stacked") else parts[0]
     except RuntimeError:
         tensor = torch.empty(0)
     if tuple(tensor.shape) != weight.shape:
@@ -41,6 +43,34 @@ def from_hf(weight: Weight, tensors: dict[str, Tensor]) -> Tensor:
     return tensor
 
 
+def merge_lora(weight: Weight, base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """A base weight with its adapters added: W + scale * B A for each linear in `weight.adapted`, as peft merges.
+
+    All tensors are in their stored global form: `base` of `weight`, `lora_a` and `lora_b` of the rows that have its name with
+    lora_A and lora_B for weight. scale: alpha / rank (LoraConfig.scale). Computed in fp32, returned in base's dtype. Raises
+    ConfigError where the weight has no adapters or a shape is another.
+    """
+    if not weight.adapted:
+        raise ConfigError(f"{weight.name} has no adapters that could be merged into it")
+    rank, (outputs, inputs), fused = lora_b.shape[-1], weight.shape[-2:], weight.rule in ("qkv", "gated")
+    chosen = replace(weight, hf=weight.adapted, linears=weight.adapted)
+    if weight.rule == "qkv":
+        outputs = weight.groups * sum(chosen.heads_per_group) * weight.head_dim
+    count = (len(weight.adapted),)
+    shape_a = (*(count if fused else ()), rank, inputs)
+    shape_b = (*(count if weight.rule == "gated" else ()), outputs, rank)
+    if tuple(lora_a.shape) != shape_a:
+        raise ConfigError(f"lora_A of {weight.name} has shape {tuple(lora_a.shape)}, wanted {shape_a}")
+    each_b = to_hf(replace(chosen, name=f"lora_B of {weight.name}", shape=shape_b), lora_b)
+    each_a = lora_a if fused else lora_a[None]
+    deltas = {linear: scale * (b.float() @ a.float()) for (linear, b), a in zip(each_b.items(), each_a, strict=True)}
+    parts = to_hf(weight, base)
+    for linear, name in zip(weight.linears, weight.hf, strict=True):
+        if linear in deltas:
+            parts[name] = (parts[name].float() + deltas[linear]).to(base.dtype)
+    return from_hf(weight, parts)
+
+
 def _heads(weight: Weight, tensor: Tensor) -> Tensor:
-    """[(groups * (queries_per_group + 2)) * head_dim, ...] -> [groups, queries_per_group + 2, head_dim, ...]."""
-    return tensor.reshape(weight.groups, weight.queries_per_group + 2, weight.head_dim, *tensor.shape[1:])
+    """[groups * heads of a group * head_dim, ...] -> [groups, heads of a group, head_dim, ...]."""
+    return tensor.reshape(weight.groups, sum(weight.heads_per_group), weight.head_dim, *tensor.shape[1:])

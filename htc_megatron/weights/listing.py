@@ -28,7 +28,7 @@ def listing() -> str:
     """Markdown, with a line for every row of the table and of the families."""
     rows = []
     for name, shape, rule, hf, *_ in TABLE:
-        theirs = ", ".join(f"`{x}`" for x in hf_names(rule, hf)) or "row `voco_token_id` of the embedding"
+        theirs = ", ".join(f"`{x}`" for x in hf_names(name, hf)) or "row `voco_token_id` of the embedding"
         rows.append(f"| `{name}` | {shape} | {rule} | {theirs} |")
     families = [
         f"| {family.title} | `{theirs}` | `{ours}` |" for family in (LLAMA, LLAVA, LLAVA_LLAMA, CLIP) for theirs, ours in family.rows

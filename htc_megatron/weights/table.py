@@ -2,7 +2,9 @@
 
 A checkpoint stores every weight in its *stored global form*, which no layout can be read from: the true vocabulary
 without padding rows, gate and up projection as [2, ffn, H], fused qkv in mcore's order (per key/value group its query
-heads, then the key head, then the value head; Megatron-LM `Attention.linear_qkv`).
+heads, then the key head, then the value head; Megatron-LM `Attention.linear_qkv`). LoRA's adapters are rows like any
+other: one A [rank, in] and one B [out, rank] for each Hugging Face linear that is a target, those of a fused linear stored
+together.
 """
 
 from dataclasses import dataclass
@@ -10,12 +12,14 @@ from typing import Literal
 
 from htc_megatron.config import ConfigError, ModelConfig
 
-Rule = Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
+Rule = Literal["replicated", "column", "row", "vocab", "qkv", "gated", "stacked"]
 
 # One row a weight: (our name, stored shape, rule, Hugging Face name, present if).
-# {i} is the global layer number; {x} runs over q, k, v of a qkv row and over gate, up of a gated row.
-# Sizes: H, F, V hidden, MLP and vocabulary size of the backbone, QKV its fused heads; h, f of the tower, P its positions
-# (patches and CLS), p its patch; A, D width and output of the anchors' projector, q flat latents; C, c codebook rows and columns.
+# {i} is the global layer number; {x} runs over the Hugging Face linears in one of ours (LINEARS), in an adapter's row over
+# those that are targets: n of them.
+# Sizes: H, F, V hidden, MLP and vocabulary size of the backbone, QKV the heads of a row's linears, R an adapter's rank;
+# h, f of the tower, P its positions (patches and CLS), p its patch; A, D width and output of the anchors' projector,
+# q flat latents; C, c codebook rows and columns.
 _VIS, _VIT, _LLM = "frontend.vision.", "model.vision_tower.", "model.language_model."
 _VIS_I, _VIT_I = _VIS + "encoder.layers.{i}.", _VIT + "encoder.layers.{i}."
 _DEC_I, _LLM_I = "backbone.decoder.layers.{i}.", _LLM + "layers.{i}."
@@ -37,8 +41,8 @@ TABLE: tuple[tuple[str, str, Rule, str, str], ...] = (
     (_VIS + "pre_layernorm.bias", "h", "replicated", _VIT + "pre_layrnorm.bias", "continuous"),
     (_VIS_I + "input_layernorm.weight", "h", "replicated", _VIT_I + "layer_norm1.weight", "continuous"),
     (_VIS_I + "input_layernorm.bias", "h", "replicated", _VIT_I + "layer_norm1.bias", "continuous"),
-    (_VIS_I + "self_attention.linear_qkv.weight", "3h h", "qkv", _VIT_I + "self_attn.{x}_proj.weight", "continuous"),
-    (_VIS_I + "self_attention.linear_qkv.bias", "3h", "qkv", _VIT_I + "self_attn.{x}_proj.bias", "continuous"),
+    (_VIS_I + "self_attention.linear_qkv.weight", "3h h", "qkv", _VIT_I + "self_attn.{x}.weight", "continuous"),
+    (_VIS_I + "self_attention.linear_qkv.bias", "3h", "qkv", _VIT_I + "self_attn.{x}.bias", "continuous"),
     (_VIS_I + "self_attention.linear_proj.weight", "h h", "row", _VIT_I + "self_attn.out_proj.weight", "continuous"),
     (_VIS_I + "self_attention.linear_proj.bias", "h", "replicated", _VIT_I + "self_attn.out_proj.bias", "continuous"),
     (_VIS_I + "pre_mlp_layernorm.weight", "h", "replicated", _VIT_I + "layer_norm2.weight", "continuous"),
@@ -49,16 +53,30 @@ TABLE: tuple[tuple[str, str, Rule, str, str], ...] = (
     (_VIS_I + "mlp.linear_fc2.bias", "h", "replicated", _VIT_I + "mlp.fc2.bias", "continuous"),
     ("backbone.embedding.word_embeddings.weight", "V H", "vocab", _LLM + "embed_tokens.weight", ""),
     (_DEC_I + "input_layernorm.weight", "H", "replicated", _LLM_I + "input_layernorm.weight", ""),
-    (_DEC_I + "self_attention.linear_qkv.weight", "QKV H", "qkv", _LLM_I + "self_attn.{x}_proj.weight", ""),
-    (_DEC_I + "self_attention.linear_qkv.bias", "QKV", "qkv", _LLM_I + "self_attn.{x}_proj.bias", "qkv_bias"),
-    (_DEC_I + "self_attention.linear_proj.weight", "H H", "row", _LLM_I + "self_attn.o_proj.weight", ""),
+    (_DEC_I + "self_attention.linear_qkv.weight", "QKV H", "qkv", _LLM_I + "self_attn.{x}.weight", ""),
+    (_DEC_I + "self_attention.linear_qkv.bias", "QKV", "qkv", _LLM_I + "self_attn.{x}.bias", "qkv_bias"),
+    (_DEC_I + "self_attention.linear_proj.weight", "H H", "row", _LLM_I + "self_attn.{x}.weight", ""),
     (_DEC_I + "pre_mlp_layernorm.weight", "H", "replicated", _LLM_I + "post_attention_layernorm.weight", ""),
-    (_DEC_I + "mlp.linear_fc1.weight", "2 F H", "gated", _LLM_I + "mlp.{x}_proj.weight", ""),
-    (_DEC_I + "mlp.linear_fc2.weight", "H F", "row", _LLM_I + "mlp.down_proj.weight", ""),
+    (_DEC_I + "mlp.linear_fc1.weight", "2 F H", "gated", _LLM_I + "mlp.{x}.weight", ""),
+    (_DEC_I + "mlp.linear_fc2.weight", "H F", "row", _LLM_I + "mlp.{x}.weight", ""),
     ("backbone.decoder.final_layernorm.weight", "H", "replicated", _LLM + "norm.weight", ""),
     ("backbone.output_layer.weight", "V H", "vocab", "lm_head.weight", "untied"),
+    (_DEC_I + "self_attention.linear_qkv.lora_A", "n R H", "stacked", _LLM_I + "self_attn.{x}.lora_A.weight", "lora"),
+    (_DEC_I + "self_attention.linear_qkv.lora_B", "QKV R", "qkv", _LLM_I + "self_attn.{x}.lora_B.weight", "lora"),
+    (_DEC_I + "self_attention.linear_proj.lora_A", "R H", "row", _LLM_I + "self_attn.{x}.lora_A.weight", "lora"),
+    (_DEC_I + "self_attention.linear_proj.lora_B", "H R", "replicated", _LLM_I + "self_attn.{x}.lora_B.weight", "lora"),
+    (_DEC_I + "mlp.linear_fc1.lora_A", "n R H", "stacked", _LLM_I + "mlp.{x}.lora_A.weight", "lora"),
+    (_DEC_I + "mlp.linear_fc1.lora_B", "n F R", "gated", _LLM_I + "mlp.{x}.lora_B.weight", "lora"),
+    (_DEC_I + "mlp.linear_fc2.lora_A", "R F", "row", _LLM_I + "mlp.{x}.lora_A.weight", "lora"),
+    (_DEC_I + "mlp.linear_fc2.lora_B", "H R", "replicated", _LLM_I + "mlp.{x}.lora_B.weight", "lora"),
 )
-_PARTS = {"qkv": ("q", "k", "v"), "gated": ("gate", "up")}
+# Hugging Face's linears in each of ours, in the order in which ours fuses them. LoRA's targets are named by them, as in peft.
+LINEARS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,13 @@ class Weight:
     name: global name, `{i}` filled with the global layer number.
     shape: stored global shape.
     rule: replicated | column (dim 0 cut) | row (dim 1 cut) | vocab (dim 0 cut after padding to a multiple of TP) |
-        qkv (dim 0 cut by key/value groups) | gated ([2, ffn, H], dim 1 cut).
-    hf: names in the export; qkv has three (q, k, v), gated two (gate, up), all others one.
+        qkv (dim 0 cut by key/value groups) | gated ([linears, ffn, ...], dim 1 cut) | stacked ([linears, ...], whole on
+        every TP rank).
+    hf: names in the export; qkv, gated and stacked have one for each of their linears, all others one.
     groups, queries_per_group, head_dim: of a qkv weight; 0 otherwise.
+    linears: Hugging Face's linears that a weight is of, in hf's order: all that ours fuses, in an adapter the targets among
+        them. Empty for weights that are of none; a qkv weight without any named has q, k and v.
+    adapted: those of a backbone weight's linears that have adapters, stored under its name with lora_A and lora_B for weight.
     """
 
     name: str
@@ -80,6 +102,18 @@ class Weight:
     groups: int = 0
     queries_per_group: int = 0
     head_dim: int = 0
+    linears: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether TP ranks hold different parts of it; otherwise each holds all of it."""
+        return self.rule not in ("replicated", "stacked")
+
+    @property
+    def heads_per_group(self) -> tuple[int, ...]:
+        """Heads that each of a qkv weight's linears has in one key/value group."""
+        return tuple(self.queries_per_group if x == "q_proj" else 1 for x in self.linears or LINEARS["linear_qkv"])
 
 
 @dataclass(frozen=True)
@@ -87,7 +121,8 @@ class Partition:
     """What one tensor-parallel rank holds of a weight.
 
     local_shape: shape of the parameter as the rank's module holds it.
-    view_shape: the same memory seen with the stored form's dimensions; only `gated` differs from local_shape.
+    view_shape: the same memory seen with the stored form's dimensions; in local_shape the first two of `gated` and
+        `stacked` are one.
     offset: place of the view's first element in the stored global tensor.
     size: part of the view, from its first element on, that exists in the stored tensor; smaller than view_shape only
         where a `vocab` shard holds padding rows (possibly 0 rows).
@@ -99,9 +134,14 @@ class Partition:
     size: tuple[int, ...]
 
 
-def hf_names(rule: Rule, hf: str) -> list[str]:
-    """Names of the tensors that a row stands for in the export, `{i}` left open."""
-    return [hf.replace("{x}", x) for x in _PARTS.get(rule, ("",))] if hf else []
+def hf_names(name: str, hf: str) -> list[str]:
+    """Names of all tensors that a row of the table may stand for in the export, `{i}` left open."""
+    return [hf.replace("{x}", x) for x in _linears(name, hf) or ("",)] if hf else []
+
+
+def _linears(name: str, hf: str) -> tuple[str, ...]:
+    """Hugging Face's linears in a row of the table."""
+    return LINEARS[name.split(".")[-2]] if "{x}" in hf else ()
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -114,8 +154,9 @@ def partition(weight: Weight, tp_rank: int = 0, tp_size: int = 1) -> Partition:
     if not 0 <= tp_rank < tp_size:
         raise ConfigError(f"TP rank {tp_rank} does not exist among {tp_size}")
     shape = weight.shape
-    if weight.rule == "replicated":
-        return Partition(shape, shape, (0,) * len(shape), shape)
+    if not weight.is_cut:
+        local = (shape[0] * shape[1], *shape[2:]) if weight.rule == "stacked" else shape
+        return Partition(local, shape, (0,) * len(shape), shape)
     if weight.rule == "vocab":
         rows = padded_vocab_size(shape[0], tp_size) // tp_size
         view = (rows, *shape[1:])
@@ -129,13 +170,13 @@ def partition(weight: Weight, tp_rank: int = 0, tp_size: int = 1) -> Partition:
     share = shape[dim] // tp_size
     view = (*shape[:dim], share, *shape[dim + 1 :])
     offset = tuple(tp_rank * share if d == dim else 0 for d in range(len(shape)))
-    local = (2 * share, *shape[2:]) if weight.rule == "gated" else view
+    local = (shape[0] * share, *shape[2:]) if weight.rule == "gated" else view
     return Partition(local, view, offset, view)
 
 
 def weights(model: ModelConfig) -> list[Weight]:
     """Every weight a model of this configuration holds, frozen ones included, in the table's order."""
-    method, bb, vision, mgvq = model.method, model.backbone, model.vision, model.mgvq
+    method, bb, vision, mgvq, lora = model.method, model.backbone, model.vision, model.mgvq, model.lora
     continuous, discrete = method.channels != "discrete", method.channels != "continuous"
     present = {
         "": True,
@@ -145,10 +186,10 @@ def weights(model: ModelConfig) -> list[Weight]:
         "mlp": continuous and method.projector == "mlp2x_gelu",
         "qkv_bias": bb.qkv_bias,
         "untied": not bb.tie_word_embeddings,
+        "lora": lora.rank > 0,
     }
     head_dim = bb.hidden_size // bb.num_attention_heads
-    sizes = {"H": bb.hidden_size, "F": bb.ffn_hidden_size, "V": bb.vocab_size}
-    sizes |= {"QKV": (bb.num_attention_heads + 2 * bb.num_query_groups) * head_dim}
+    sizes = {"H": bb.hidden_size, "F": bb.ffn_hidden_size, "V": bb.vocab_size, "R": lora.rank}
     sizes |= {"h": vision.hidden_size, "3h": 3 * vision.hidden_size, "f": vision.ffn_hidden_size}
     sizes |= {"P": vision.num_patches + 1, "p": vision.patch_size}
     sizes |= {"A": method.anchor_hidden_size, "D": method.num_anchors * bb.hidden_size, "q": mgvq.flat_size}
@@ -159,12 +200,24 @@ def weights(model: ModelConfig) -> list[Weight]:
     }
     found = []
     for name, symbols, rule, hf, condition in TABLE:
-        if not present[condition]:
+        linears = _linears(name, hf)
+        targets = tuple(x for x in linears if lora.rank and x in lora.targets)
+        if not present[condition] or (condition == "lora" and not targets):
             continue
+        if condition == "lora":
+            linears, targets = targets, ()
+        elif not name.startswith("backbone.") or not name.endswith(".weight"):
+            targets = ()
         layers = (vision.num_layers if name.startswith(_VIS) else bb.num_layers) if "{i}" in name else 1
-        shape = tuple(int(s) if s.isdigit() else sizes[s] for s in symbols.split())
-        qkv = next(value for key, value in heads.items() if name.startswith(key)) if rule == "qkv" else ()
+        rows = {"n": len(linears), "QKV": head_dim * sum(bb.num_attention_heads if x == "q_proj" else bb.num_query_groups for x in linears)}
+        shape = tuple(int(s) if s.isdigit() else (sizes | rows)[s] for s in symbols.split())
+        qkv = next(value for key, value in heads.items() if name.startswith(key)) if rule == "qkv" else (0, 0, 0)
         for i in range(layers):
-            theirs = tuple(x.replace("{i}", str(i)) for x in hf_names(rule, hf))
-            found.append(Weight(name.format(i=i), shape, rule, theirs, *qkv))
+            theirs = tuple(hf.format(i=i, x=x) for x in linears or ("",)) if hf else ()
+            found.append(Weight(name.format(i=i), shape, rule, theirs, *qkv, linears, targets))
     return found
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name is a part of a LoRA adapter."""
+    return name.endswith((".lora_A", ".lora_B"))
