@@ -21,6 +21,7 @@ from htc_megatron.config_io import load_config
 from htc_megatron.data.dataset import PreparedData
 from htc_megatron.hf.processing_htc_vlm import SYSTEM_PROMPT, open_image
 from htc_megatron.weights.export import DTYPES, STORED, export
+from htc_megatron.weights.export_adapter import export_adapter
 from htc_megatron.weights.export_backbone import export_backbone
 from htc_megatron.weights.importing import plan_import
 from htc_megatron.weights.listing import listing
@@ -56,11 +57,13 @@ def run_export(a: argparse.Namespace) -> None:
     reader = CheckpointReader(a.checkpoint)
     if a.dtype is None and reader.manifest.optimizer_step is None:
         a.dtype = STORED  # imported, not trained: what goes out is what came in
-    if a.part == "backbone":
-        written = export_backbone(reader, a.out, a.tokenizer, a.dtype, progress=progress)
+    if a.part.endswith("adapter"):
+        written = export_adapter(reader, a.out, a.base, a.part != "adapter", a.dtype or "fp32", progress)
+    elif a.part == "backbone":
+        written = export_backbone(reader, a.out, a.tokenizer, a.dtype, a.merge, progress=progress)
     else:
         system = training_prompt(reader.config) if a.system is None else a.system
-        written = export(reader, a.out, a.mgvq, a.tokenizer, a.dtype, system, progress=progress)
+        written = export(reader, a.out, a.mgvq, a.tokenizer, a.dtype, system, a.merge, progress=progress)
     print(f"{written.folder}: {written.num_tensors} tensors, {written.num_parameters:,} parameters, {len(written.files)} file(s)")
 
 
@@ -105,7 +108,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write safetensors, configuration, processor and modelling code")
     command.add_argument("checkpoint", help="checkpoint folder, or the folder of checkpoints whose latest is taken")
     command.add_argument("out", help="folder to write; must not exist")
-    command.add_argument("--part", choices=("model", "backbone"), default="model", help="all of it, or the plain language model alone")
+    parts = "all of it (default), the plain language model alone, or LoRA's adapters in peft's format for either of these"
+    command.add_argument("--part", choices=("model", "backbone", "adapter", "backbone-adapter"), default="model", help=parts)
+    command.add_argument("--no-merge", dest="merge", action="store_false", help="leave LoRA's adapters out: what they are adapters of")
+    command.add_argument("--base", default="", help="folder of that model, written down in the adapter's configuration")
     command.add_argument("--mgvq", help="MGVQ file that the codes were made with (default: the run's mgvq_checkpoint)")
     command.add_argument("--tokenizer", help="sentencepiece .model or transformers folder (default: the run's tokenizer)")
     command.add_argument(

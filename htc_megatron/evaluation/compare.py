@@ -24,7 +24,7 @@ from htc_megatron.model.mgvq import load_mgvq
 from htc_megatron.weights import weights
 from htc_megatron.weights.convert import to_hf
 from htc_megatron.weights.export import VOCO, hf_from_tensors
-from htc_megatron.weights.families import HTC, LLAVA, LLAVA_LLAMA, PARTS, Recognised, recognise
+from htc_megatron.weights.families import HTC, LLAVA, LLAVA_LLAMA, Recognised, part_named, recognise
 
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 VOCO_ROW = "<voco>"  # our name of the row that images are compressed into, which is compared apart from the embedding
@@ -181,7 +181,7 @@ def compare_tensors(a: Checkpoint | Folder, b: Checkpoint | Folder, progress: Ca
     voco = {model.voco_id for model in (a, b)} - {None}
     for name in progress([name for name in a.names if name in known]):
         one, other = a.tensor(name), b.tensor(name)
-        part = next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), VOCO_ROW)
+        part = part_named(name) or VOCO_ROW
         if name in VOCABULARY and one.shape[1:] == other.shape[1:]:
             count = min(len(one), len(other))
             if len(one) != len(other):

@@ -19,9 +19,9 @@ from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import SYSTEM_PROMPT, HTCVLMImageProcessor, HTCVLMProcessor, vicuna_template
 from htc_megatron.model.mgvq import load_mgvq
-from htc_megatron.weights.convert import to_hf
+from htc_megatron.weights.convert import merge_lora, to_hf
 from htc_megatron.weights.safetensors_stream import Entry, write_files
-from htc_megatron.weights.table import Weight, weights
+from htc_megatron.weights.table import Weight, is_adapter, weights
 from htc_megatron.weights.tokenizer import export_tokenizer
 
 STORED = "stored"
@@ -114,7 +114,7 @@ def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[s
     unless channels is continuous; its codebook must be the one that the model was trained with. Raises ConfigError.
     """
     table = {weight.name: weight for weight in weights(model)}
-    for weight in table.values():
+    for weight in base_weights(model):
         if weight.name == VOCO:
             continue
         value = tensor(weight.name)
@@ -134,6 +134,25 @@ def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[s
                 yield MGVQ_PREFIX + name, value
 
 
+def base_weights(model: ModelConfig) -> list[Weight]:
+    """The weights that are left when adapters are merged into theirs or taken off."""
+    return [weight for weight in weights(model) if not is_adapter(weight.name)]
+
+
+def merged(model: ModelConfig, tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """`tensor`, by name, with the adapters of the backbone's linears added to them."""
+    adapted = {weight.name: weight for weight in weights(model) if weight.adapted}
+
+    def read(name: str) -> Tensor:
+        value = tensor(name)
+        if name not in adapted:
+            return value
+        lora_a, lora_b = (tensor(name.removesuffix("weight") + part) for part in ("lora_A", "lora_B"))
+        return merge_lora(adapted[name], value, lora_a, lora_b, model.lora.scale)
+
+    return read
+
+
 def _codebook(trained: Tensor, mgvq: dict[str, Tensor] | None) -> Tensor:
     if mgvq is None:
         raise ConfigError("the model has a discrete channel, so the export needs the MGVQ file that its codes were made with (--mgvq)")
@@ -149,7 +168,7 @@ def hf_from_tensors(
     """The Hugging Face model of weights in their stored global form, in memory, in eval mode."""
     _check_names(model, tensors)
     built = HTCVLMForConditionalGeneration(hf_config(model, dtype)).eval()
-    built.load_state_dict(dict(hf_tensors(model, tensors.__getitem__, mgvq)), strict=True)
+    built.load_state_dict(dict(hf_tensors(model, merged(model, tensors.__getitem__), mgvq)), strict=True)
     for name, parameter in built.named_parameters():
         parameter.data = parameter.data.to(_dtype(name, dtype))
     return built
@@ -166,6 +185,7 @@ def export(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     system: str = SYSTEM_PROMPT,
+    merge: bool = True,
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Exported:
@@ -173,7 +193,8 @@ def export(
 
     mgvq, tokenizer: files, if others than the run's own. dtype: fp32 | bf16 | fp16 | stored (each weight in the checkpoint's type),
     by default the run's precision; MGVQ stays in fp32. system: system prompt of the chat template. Everything is checked before a
-    byte is written, and the folder appears only when it is complete. Raises ConfigError.
+    byte is written, and the folder appears only when it is complete. merge: add LoRA's adapters to the weights, or leave them out:
+    the model that an exported adapter belongs to. Raises ConfigError.
     """
     config = reader.config
     model = config.model
@@ -188,9 +209,10 @@ def export(
     settings = hf_config(model, kind_of(EMBEDDING))
     entries = planned_entries(model, settings, frozen, kind_of)
 
+    read = merged(model, reader.tensor) if merge else reader.tensor
     with new_folder(out) as temporary:
         kinds = {entry.name: entry.dtype for entry in entries}
-        stream = ((name, tensor.to(kinds[name])) for name, tensor in hf_tensors(model, reader.tensor, frozen))
+        stream = ((name, tensor.to(kinds[name])) for name, tensor in hf_tensors(model, read, frozen))
         files = write_files(temporary, entries, progress(stream), shard_bytes)
         _write_settings(temporary, settings, words, system)
     return Exported.of(out, files, entries)
@@ -243,7 +265,7 @@ def planned_entries(
 
     shapes: dict[str, tuple[int, ...]] = {}
     kinds: dict[str, torch.dtype] = {}
-    for weight in weights(model):
+    for weight in base_weights(model):
         parts = {name: tuple(tensor.shape) for name, tensor in to_hf(weight, nothing(weight)).items()}
         if weight.name == EMBEDDING and model.backbone.tie_word_embeddings:
             parts = {LM_HEAD: weight.shape, **parts}

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 from htc_megatron.config import ConfigError, ModelConfig
 from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.weights.convert import to_hf
-from htc_megatron.weights.export import EMBEDDING, Exported, Reader, check_export, new_folder, text_config
+from htc_megatron.weights.export import EMBEDDING, Exported, Reader, base_weights, check_export, merged, new_folder, text_config
 from htc_megatron.weights.families import LLAMA, QWEN2
 from htc_megatron.weights.safetensors_stream import Entry, write_files
-from htc_megatron.weights.table import Weight, weights
+from htc_megatron.weights.table import Weight
 from htc_megatron.weights.tokenizer import convert_sentencepiece, load_folder
 
 
@@ -22,13 +22,14 @@ def export_backbone(
     out: str | Path,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
+    merge: bool = True,
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Exported:
     """Write the backbone of the checkpoint behind `reader` as a Hugging Face folder `out`, which must not exist yet.
 
     A `<voco>` row that stands behind all others was added to the vocabulary and is left out. tokenizer: default: the run's own;
-    without one the folder has none. dtype: as in `export`. Raises ConfigError.
+    without one the folder has none. dtype, merge: as in `export`. Raises ConfigError.
     """
     out, kind_of = check_export(reader, out, dtype)
     model = reader.config.model
@@ -41,7 +42,8 @@ def export_backbone(
     if words is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(words, name))
-    parts = [weight for weight in weights(model) if weight.name.startswith("backbone.")]
+    parts = [weight for weight in base_weights(model) if weight.name.startswith("backbone.")]
+    read = merged(model, reader.tensor) if merge else reader.tensor
 
     def tensors(read: Callable[[Weight], Tensor]) -> Iterator[tuple[str, Tensor]]:
         for weight in parts:
@@ -51,7 +53,7 @@ def export_backbone(
     announced = tensors(lambda weight: torch.empty(weight.shape, device="meta"))
     entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in announced]
     with new_folder(out) as temporary:
-        files = write_files(temporary, entries, progress(tensors(lambda weight: reader.tensor(weight.name))), shard_bytes)
+        files = write_files(temporary, entries, progress(tensors(lambda weight: read(weight.name))), shard_bytes)
         config.save_pretrained(temporary)
         if words is not None:
             words.save_pretrained(temporary)

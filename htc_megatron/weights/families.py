@@ -8,11 +8,11 @@ LLaMA-like family is another row of FAMILIES.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
-from htc_megatron.config import ConfigError
+from htc_megatron.config import ConfigError, LoraTarget
 from htc_megatron.weights.sources import Source, open_source, read_json
 
 LLM, HEAD, VIT, PROJECTOR = "model.language_model.", "lm_head.", "model.vision_tower.", "model.projector."
@@ -23,6 +23,7 @@ PARTS = {  # what a source may bring, by the prefix of its tensors in the export
     "anchors": ("model.anchors.",),
     "mgvq": ("model.mgvq.",),
 }
+ADAPTER, PEFT_PREFIX = "adapter", "base_model.model."
 Sizes = dict[str, dict[str, Any]]  # values of ModelConfig's sections, as far as a source knows them
 
 
@@ -69,7 +70,14 @@ class Recognised:
 
     @property
     def parts(self) -> list[str]:
-        return [part for part, prefixes in PARTS.items() if any(name.startswith(prefixes) for name in self.names)]
+        return [part for part in dict.fromkeys(map(part_named, self.names)) if part is not None]
+
+
+def part_named(name: str) -> str | None:
+    """The part of a model that a tensor of the export belongs to."""
+    if ".lora_A." in name or ".lora_B." in name:
+        return ADAPTER
+    return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
 
 
 def _refuse(path: Path, key: str, seen: Any, wanted: str) -> None:
@@ -179,6 +187,17 @@ def _htc_sizes(path: Path, config: dict[str, Any]) -> Sizes:
     return sizes
 
 
+def _lora_sizes(path: Path, config: dict[str, Any]) -> Sizes:
+    """peft's LoRA, plain: what it may be beside that is refused. Targets are read from the tensors."""
+    if config.get("peft_type") != "LORA":
+        _refuse(path, "peft_type", config.get("peft_type"), "LORA")
+    plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    for key, value in plain.items():
+        if (config.get(key) or value) != value:
+            _refuse(path, key, config[key], repr(value))
+    return {"lora": {"rank": config["r"], "alpha": float(config["lora_alpha"])}}
+
+
 _DECODER = (("model.", LLM),)
 _BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
 _UNUSED_TOWER = ("post_layernorm.weight", "post_layernorm.bias")
@@ -225,6 +244,12 @@ MM_PROJECTOR = Family(
     (),
     tuple((f"{model}mm_projector.{theirs}", PROJECTOR + ours) for model in ("model.", "") for theirs, ours in _MM),
 )
+LORA = Family(
+    "LoRA adapter, peft's",
+    (),
+    ((PEFT_PREFIX + LLM, LLM), *((PEFT_PREFIX + theirs, ours) for theirs, ours in _DECODER)),
+    sizes=_lora_sizes,
+)
 MGVQ = Family("MGVQ", (), (("", "model.mgvq."),))
 FAMILIES = (LLAMA, QWEN2, CLIP, LLAVA, LLAVA_LLAMA, HTC)
 
@@ -233,8 +258,11 @@ def recognise(path: str | Path) -> Recognised:
     """What a folder or file is, by its config.json, or by its tensors where it has none. Raises ConfigError."""
     path = Path(path)
     source = open_source(path)
-    described = path / "config.json"
-    if described.is_file():
+    described, adapter = path / "config.json", path / "adapter_config.json"
+    if adapter.is_file():
+        config, family = read_json(adapter), LORA
+        sizes = family.sizes(adapter, config)
+    elif described.is_file():
         config = read_json(described)
         kind = config.get("model_type")
         families = [family for family in FAMILIES if kind in family.model_types]
@@ -262,6 +290,8 @@ def recognise(path: str | Path) -> Recognised:
         if ours in names:
             raise ConfigError(f"{path}: {names[ours]} and {name} are both {ours}")
         names[ours] = name
+    if family is LORA:
+        sizes["lora"]["targets"] = tuple(target for target in get_args(LoraTarget) if any(f".{target}." in name for name in names))
     if any(name.startswith(PROJECTOR) for name in names):
         sizes.setdefault("method", {})["projector"] = "mlp2x_gelu" if PROJECTOR + "fc2.weight" in names else "linear"
     return Recognised(family, source, names, sizes, config)

@@ -26,13 +26,13 @@ from htc_megatron.model.initialisation import initial_value
 from htc_megatron.model.mgvq import load_codebook, read_mgvq_config
 from htc_megatron.weights.convert import from_hf
 from htc_megatron.weights.export import EMBEDDING, VOCO
-from htc_megatron.weights.families import MGVQ, PARTS, VIT, Recognised, Sizes, recognise
-from htc_megatron.weights.table import Weight, weights
+from htc_megatron.weights.families import ADAPTER, MGVQ, VIT, Recognised, Sizes, part_named, recognise
+from htc_megatron.weights.table import Weight, is_adapter, weights
 
 OUTPUT = "backbone.output_layer.weight"
 EMBEDDING_NAME, OUTPUT_NAME = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ANCHORS_OUT = "frontend.anchors.fc2."
-NEW_BY_NATURE = ("projector", "anchors", "voco")  # what the method adds to a language model and a tower
+NEW_BY_NATURE = ("projector", "anchors", "voco", ADAPTER)  # what the method adds to a language model and a tower
 HUB = {"frontend.vision.": "vision", "frontend.projector.": "projector", "frontend.anchors.": "anchors", "frontend.voco.": "voco"}
 HUB |= {"frontend.codebook.": "codebook", "backbone.": "backbone"}
 _TOWER_LAYER = re.compile(re.escape(VIT) + r"encoder\.layers\.(\d+)\.")
@@ -41,6 +41,8 @@ CHUNK = 4096  # rows of a vocabulary matrix that are averaged at once
 
 def part_of(weight: Weight) -> str:
     """The part of the model that a weight belongs to."""
+    if is_adapter(weight.name):
+        return ADAPTER
     return next(part for prefix, part in HUB.items() if weight.name.startswith(prefix))
 
 
@@ -271,7 +273,7 @@ def _check_names(config: RunConfig, sources: dict[str, Recognised], files: list[
         if found.family is MGVQ:
             continue
         for name in found.names:
-            part = next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
+            part = part_named(name)
             layer = _TOWER_LAYER.match(name)
             spare = part == "mgvq" or (layer is not None and int(layer[1]) >= model.vision.num_layers)
             unused = sources.get(part) is not found or part not in {part_of(w) for w in wanted}

@@ -17,6 +17,7 @@ from torch import Tensor
 from htc_megatron.config import ConfigError
 
 SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # peft's
 REOPEN = 1 << 30  # bytes handed out before a mapped .bin is let go of
 
 
@@ -52,7 +53,7 @@ def open_source(path: str | Path) -> Source:
         return _files(path, [path])
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist; wanted a folder with weights, or a .safetensors, .bin or .pt file")
-    for name in (SAFETENSORS, PICKLES):
+    for name in (SAFETENSORS, PICKLES, *ADAPTERS):
         if (path / f"{name}.index.json").is_file():
             return _sharded(path, path / f"{name}.index.json")
         if (path / name).is_file():
