@@ -181,7 +181,10 @@ def plan_import(
     taken = _vocabulary(tree, sources.get("backbone"), words, voco_token_id)
     model = TypeAdapter(ModelConfig).validate_python(tree)
     check_model(model)
-    config = replace(config, model=model)
+    freeze = base.training.freeze
+    if model.lora.rank and "backbone" not in freeze:  # as every run with adapters must
+        freeze = (*freeze, "backbone")
+    config = replace(config, model=model, training=replace(base.training, freeze=freeze))
     origins = _origins(config, sources, draw, new, taken)
     _check_names(config, sources, files)
     return Plan(config, origins, sources, new, seed, taken)
