@@ -316,3 +316,11 @@ def test_every_number_is_checked_for_its_sign():
     assert len(keys) > 40
     for key in keys:
         assert f"{key}: got -1" in sentence(check, changed({key: -1}), 1)
+
+
+RECIPES = sorted(path for path in (Path(__file__).parent.parent / "pretrain" / "recipes").glob("*.yaml") if "mgvq" not in path.stem)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_run_that_can_be(path):
+    check(load_config(path))

@@ -25,7 +25,7 @@ from tests.import_worker import relay
 CONTINUOUS = ["model.method.channels=continuous"]
 HYBRID = ["model.method.num_anchors=2", "model.method.anchor_hidden_size=24"]
 HYBRID += [f"model.mgvq.{name}={json.dumps(value)}" for name, value in vars(data_tiny.MGVQ).items() if not name.startswith("_")]
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 
 
 def imported(out: Path, *sources: Path, settings=CONTINUOUS, base: RunConfig | None = None, **options) -> Path:

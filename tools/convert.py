@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="folder of checkpoints to write; must not exist")
     command.add_argument("--config", help="YAML of the run: the method's choices, and sizes of what no source has (default: the paper's)")
     command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="dotted keys on top, e.g. model.method.mask=none")
-    command.add_argument("--tokenizer", help="sentencepiece .model or transformers folder (default: the backbone's own)")
+    command.add_argument("--tokenizer", help="sentencepiece .model or transformers folder (default: the backbone's own, else the YAML's)")
     command.add_argument("--voco-token-id", type=int, help="default: the tokenizer's <voco>, else the first row behind the vocabulary")
     command.add_argument("--new", choices=("mean", "random"), default="mean", help="how the voco row and the anchors' projector begin")
     command.add_argument("--draw", nargs="+", default=[], choices=("backbone", "vision", "codebook"), help="parts to draw at random")

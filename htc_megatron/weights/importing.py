@@ -156,8 +156,8 @@ def plan_import(
 ) -> Plan:
     """Look at every source and decide where each weight comes from. Raises ConfigError, before anything is written.
 
-    base: what no source says (the method's choices, sizes of parts that are drawn). tokenizer: default: base's, else the one
-    beside the backbone. voco_token_id: default: the id `<voco>` has or gets in the tokenizer, else the first row behind the
+    base: what no source says (the method's choices, sizes of parts that are drawn). tokenizer: default: the one beside the
+    backbone, else base's. voco_token_id: default: the id `<voco>` has or gets in the tokenizer, else the first row behind the
     vocabulary. new: mean | random: how the voco row and the anchors' projector begin. draw: parts of backbone, vision, codebook
     that may be drawn from the seed although no source has them.
     """
@@ -176,7 +176,7 @@ def plan_import(
     if "projector" in sources:
         tree["method"] |= sources["projector"].sizes["method"]
     config = replace(base, mgvq_checkpoint=_mgvq_file(sources, base))
-    words, place = _tokenizer(tokenizer or base.tokenizer, sources.get("backbone"))
+    words, place = _tokenizer(tokenizer, sources.get("backbone"), base.tokenizer)
     config = replace(config, tokenizer=str(place or ""))
     taken = _vocabulary(tree, sources.get("backbone"), words, voco_token_id)
     model = TypeAdapter(ModelConfig).validate_python(tree)
@@ -203,12 +203,14 @@ def _mgvq_file(sources: dict[str, Recognised], base: RunConfig) -> str:
     return base.mgvq_checkpoint
 
 
-def _tokenizer(given: str | Path, backbone: Recognised | None) -> tuple[Tokenizer | None, Path | None]:
+def _tokenizer(given: str | Path | None, backbone: Recognised | None, default: str) -> tuple[Tokenizer | None, Path | None]:
     place = Path(given) if given else None
     if place is None and backbone is not None and any((backbone.source.path / name).is_file() for name in FOLDER_FILES):
         place = backbone.source.path
         if not (place / "tokenizer_config.json").is_file() and (place / "tokenizer.model").is_file():
             place = place / "tokenizer.model"
+    if place is None and default:
+        place = Path(default)
     return (load_tokenizer(place), place) if place else (None, None)
 
 
