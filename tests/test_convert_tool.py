@@ -81,6 +81,13 @@ def test_export_and_verify_any_pair(files, tmp_path):
     assert not re.search(r"only in", done.out)
 
 
+def test_verify_knows_single_parts(files):
+    for part, name, count in (("clip", "vision", 37), ("mgvq.pt", "mgvq", 1)):
+        done = tool("convert.py", "verify", files / "hybrid", files / part, "--no-logits")
+        assert done.status == 0, done.out
+        assert re.search(rf"^{name} +{count} +0$", done.out, re.M), done.out
+
+
 def test_verify_tells_what_differs(files, tmp_path):
     shutil.copytree(files / "llama", tmp_path / "other")
     tensors = load_file(tmp_path / "other" / "model.safetensors")

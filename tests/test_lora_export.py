@@ -97,7 +97,10 @@ def test_an_adapter_comes_back_bit_for_bit(run, tmp_path, part, base):
     for name in found.names:
         if name != "backbone.embedding.word_embeddings.weight":  # its voco row is another parameter's
             assert torch.equal(found.tensor(name), tensors[name]), name
-    assert tool("convert.py", "verify", tmp_path / "in", folder / "checkpoint").status == 0
+    for other in (folder / "checkpoint", folder / "merged"):
+        done = tool("convert.py", "verify", tmp_path / "in", other)
+        assert done.status == 0, done.out
+    assert tool("convert.py", "verify", tmp_path / "in", folder / "base").status == 1
 
 
 def test_an_adapter_of_pefts_own_making(tmp_path):

@@ -23,7 +23,7 @@ from htc_megatron.hf.processing_htc_vlm import clip_pixels
 from htc_megatron.model.mgvq import load_mgvq
 from htc_megatron.weights import weights
 from htc_megatron.weights.convert import to_hf
-from htc_megatron.weights.export import VOCO, hf_from_tensors
+from htc_megatron.weights.export import VOCO, hf_from_tensors, merged
 from htc_megatron.weights.families import HTC, LLAVA, LLAVA_LLAMA, Recognised, part_named, recognise
 
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -32,12 +32,15 @@ LENGTH = 24  # random token ids of the logits' comparison
 
 
 class Checkpoint:
-    """A checkpoint's tensors under the names of the export."""
+    """A checkpoint's tensors under the names of the export, LoRA's adapters merged into the backbone and by themselves."""
 
     def __init__(self, path: Path):
         self.path, self.reader = path, CheckpointReader(path)
         self.model = self.reader.config.model
+        self.read = merged(self.model, self.reader.tensor)
         self.owner = {name: weight for weight in weights(self.model) for name in weight.hf}
+        if self.model.backbone.tie_word_embeddings:
+            self.owner[VOCABULARY[1]] = self.owner[VOCABULARY[0]]
         self.voco_id = self.model.method.voco_token_id if self.model.method.num_voco_tokens else None
         self.names = [*self.owner, *([VOCO_ROW] if self.voco_id is not None else [])]
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -47,8 +50,9 @@ class Checkpoint:
             return self.reader.tensor(VOCO)[0]
         weight = self.owner[name]
         if self._last[0] != weight.name:  # a fused weight is read once for all of its parts
-            self._last = (weight.name, to_hf(weight, self.reader.tensor(weight.name)))
-        return self._last[1][name]
+            self._last = (weight.name, to_hf(weight, self.read(weight.name)))
+        parts = self._last[1]
+        return parts[name] if name in parts else parts[VOCABULARY[0]]
 
     def build(self, mgvq: str | Path | None) -> "Runner":
         frozen = None
@@ -67,13 +71,16 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.found = path, recognise(path)
         self.voco_id = self.found.sizes.get("method", {}).get("voco_token_id")
-        self.names = [*self.found.names, *([VOCO_ROW] if self.voco_id is not None else [])]
+        self.places = dict(self.found.names)
+        if self.found.sizes.get("backbone", {}).get("tie_word_embeddings"):
+            self.places.setdefault(VOCABULARY[1], self.places[VOCABULARY[0]])
+        self.names = [*self.places, *([VOCO_ROW] if self.voco_id is not None else [])]
 
     def tensor(self, name: str) -> Tensor:
         found = self.found
         if name == VOCO_ROW:
             return found.source.tensor(found.names[VOCABULARY[0]])[self.voco_id]
-        return found.source.tensor(found.names[name])
+        return found.source.tensor(self.places[name])
 
     def build(self, mgvq: str | Path | None) -> "Runner":
         return _runner(self.path, self.found)

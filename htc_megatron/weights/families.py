@@ -250,7 +250,7 @@ LORA = Family(
     ((PEFT_PREFIX + LLM, LLM), *((PEFT_PREFIX + theirs, ours) for theirs, ours in _DECODER)),
     sizes=_lora_sizes,
 )
-MGVQ = Family("MGVQ", (), (("", "model.mgvq."),))
+MGVQ = Family("MGVQ", (), (("module.", "model.mgvq."), ("", "model.mgvq.")))  # module.: saved from DistributedDataParallel
 FAMILIES = (LLAMA, QWEN2, CLIP, LLAVA, LLAVA_LLAMA, HTC)
 
 
