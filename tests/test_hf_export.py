@@ -16,15 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from htc_megatron.checkpoint.writer import CheckpointWriter
-from htc_megatron.config import ConfigError, RunConfig, TrainingConfig
+from htc_megatron.config import ConfigError
 from htc_megatron.data.shards import Index
-from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.evaluation.attention import draw, voco_attention
 from htc_megatron.inference import answer, ask, load
-from htc_megatron.model.mgvq import build_mgvq, save_mgvq
 from htc_megatron.weights import weights
 from htc_megatron.weights.export import export, hf_from_tensors, hf_tensors
-from tests.hf_tiny import tiny_images, tiny_tokenizer, tiny_training_config, tiny_weights
+from tests.hf_tiny import made, tiny_images, tiny_training_config, tiny_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = """
@@ -43,33 +41,6 @@ inputs = processor.apply_chat_template(
 made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
 print(json.dumps([model(**inputs).logits[0, -1].tolist(), made[0].tolist(), type(model).__module__]))
 """
-
-
-class Memory:
-    """A checkpoint's reader over tensors in memory."""
-
-    def __init__(self, config: RunConfig, tensors: dict[str, torch.Tensor]):
-        self.config, self.tensors = config, tensors
-        self.names = list(tensors)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-
-def made(folder: Path, precision: str = "fp32", seed: int = 0, **method):
-    """A run's configuration and weights, with its tokenizer and MGVQ on disk."""
-    tokenizer = tiny_tokenizer(folder)
-    ours = load_tokenizer(tokenizer)
-    model = tiny_training_config(vocab_size=ours.vocab_size, voco=ours.voco_token_id, **method)
-    tensors, _ = tiny_weights(model, seed)
-    mgvq = build_mgvq(model.mgvq)
-    save_mgvq(mgvq, model.mgvq, folder / "mgvq.safetensors")
-    if model.method.channels != "continuous":
-        tensors["frontend.codebook.weight"] = mgvq.quantize.embedding.weight.detach().clone()
-    training = TrainingConfig(precision=precision)
-    config = RunConfig(model=model, training=training, tokenizer=str(tokenizer), mgvq_checkpoint=str(folder / "mgvq.safetensors"))
-    frozen = mgvq.state_dict().items()
-    return Memory(config, tensors), {k: v for k, v in frozen if k.startswith(("encoder.", "quant_conv.", "quantize.embedding."))}
 
 
 @pytest.fixture(scope="module")

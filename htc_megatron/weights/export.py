@@ -29,9 +29,12 @@ EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "fronte
 CODE_FILES = ("configuration_htc_vlm", "mask_htc_vlm", "modeling_htc_vlm", "modeling_mgvq", "processing_htc_vlm")
 AUTO_CONFIG = {
     "AutoConfig": "configuration_htc_vlm.HTCVLMConfig",
+    "AutoModel": "modeling_htc_vlm.HTCVLMModel",
     "AutoModelForImageTextToText": "modeling_htc_vlm.HTCVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_htc_vlm.HTCVLMForConditionalGeneration",
     "AutoProcessor": "processing_htc_vlm.HTCVLMProcessor",
 }
+MAX_NEW_TOKENS = 256  # what pipeline() takes too; without it generate() stops after 20
 AUTO_IMAGES = {"AutoImageProcessor": "processing_htc_vlm.HTCVLMImageProcessor"}
 
 
@@ -230,7 +233,7 @@ def _write_settings(folder: Path, settings: HTCVLMConfig, tokenizer: PreTrainedT
     settings.architectures = ["HTCVLMForConditionalGeneration"]
     settings.auto_map = AUTO_CONFIG
     settings.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **special).save_pretrained(folder)
     images = HTCVLMImageProcessor(settings.vision_config.image_size, settings.mgvq_config["image_size"], settings.channels)
     template = vicuna_template(system)
     processor = HTCVLMProcessor(images, tokenizer, chat_template=template, num_image_tokens=settings.image_seq_length)
