@@ -138,7 +138,10 @@ def test_files_are_where_transformers_looks(deployed):
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert generation.max_new_tokens == 256
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_CONFIG
-    for reference in AUTO_CONFIG.values():
+    processor = json.loads((folder / "processor_config.json").read_text())
+    references = dict(AutoProcessor=AUTO_CONFIG["AutoProcessor"], AutoImageProcessor="processing_htc_vlm.HTCVLMImageProcessor")
+    assert processor["auto_map"].items() | processor["image_processor"]["auto_map"].items() == references.items()
+    for reference in {*AUTO_CONFIG.values(), *references.values()}:
         file, name = reference.split(".")
         assert f"class {name}(" in (folder / f"{file}.py").read_text()
 
