@@ -188,19 +188,6 @@ def test_low_precision_leaves_the_codes_alone(deployed):
     assert model.double().model.mgvq.quant_conv.weight.dtype == torch.float64  # wider is the user's right
 
 
-@pytest.mark.parametrize("name, seen", [("static", "StaticCache"), ("offloaded", "DynamicCache that offloads")])
-def test_caches_that_would_keep_v_hy_are_refused(deployed, name, seen):
-    with pytest.raises(ValueError, match=f"past_key_values is a {seen}; wanted a VocoCache"):
-        deployed.model.generate(torch.tensor([[1, 5, 6]]), cache_implementation=name, max_new_tokens=2, eos_token_id=2)
-
-
-def test_continuous_batching_is_refused(deployed):
-    before = deployed.model.config._attn_implementation
-    with pytest.raises(ValueError, match="cannot be run by continuous batching"):
-        deployed.model.generate_batch([[1, 5, 6]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2))
-    assert deployed.model.config._attn_implementation == before
-
-
 class Server(NamedTuple):
     address: str
     log: Path
