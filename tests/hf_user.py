@@ -3,7 +3,7 @@
 Nothing can be imported but the standard library and what torch, transformers and Pillow require. Prints one line of JSON.
 """
 
-import importlib
+import importlib.util
 import json
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
