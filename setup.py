@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 PINS = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().split() if "==" in line)
 
+SERVE = ("accelerate", "fastapi", "openai", "uvicorn")  # what `transformers serve` needs beside transformers
+
 
 def pinned(*names: str) -> list[str]:
     return [f"{name}=={PINS[name]}" for name in names]
@@ -38,8 +40,9 @@ setup(
         "tqdm",
     ),
     extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
-        "test": pinned("hypothesis", "py-spy", "pytest", "ruff"),
+        "test": pinned("hypothesis", "peft", "py-spy", "pytest", "ruff", *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
+        "serve": pinned(*SERVE),
         "mpi": pinned("mpi4py"),
     },
 )

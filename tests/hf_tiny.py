@@ -7,10 +7,11 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from htc_megatron.config import BackboneConfig, LoraConfig, MethodConfig, MGVQConfig, ModelConfig, VisionConfig
+from htc_megatron.config import BackboneConfig, LoraConfig, MethodConfig, MGVQConfig, ModelConfig, RunConfig, TrainingConfig, VisionConfig
+from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
-from htc_megatron.model.mgvq import build_mgvq
+from htc_megatron.model.mgvq import build_mgvq, save_mgvq
 from htc_megatron.weights import weights
 
 VOCO = 60
@@ -111,3 +112,33 @@ def tiny_tokenizer(folder: Path, model_type: str = "bpe", **options) -> Path:
         **options,
     )
     return prefix.with_suffix(".model")
+
+
+class Memory:
+    """A checkpoint's reader over tensors in memory."""
+
+    def __init__(self, config: RunConfig, tensors: dict[str, Tensor]):
+        self.config, self.tensors = config, tensors
+        self.names = list(tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+
+def made(folder: Path, precision: str = "fp32", seed: int = 0, words: dict | None = None, **method):
+    """A run's configuration and weights, with its tokenizer (of options `words`) and MGVQ on disk."""
+    tokenizer = tiny_tokenizer(folder, **(words or {}))
+    ours = load_tokenizer(tokenizer)
+    model = tiny_training_config(vocab_size=ours.vocab_size, voco=ours.voco_token_id, **method)
+    tensors, _ = tiny_weights(model, seed)
+    mgvq = build_mgvq(model.mgvq)
+    save_mgvq(mgvq, model.mgvq, folder / "mgvq.safetensors")
+    if model.method.channels != "continuous":
+        tensors["frontend.codebook.weight"] = mgvq.quantize.embedding.weight.detach().clone()
+    training = TrainingConfig(precision=precision)
+    config = RunConfig(model=model, training=training, tokenizer=str(tokenizer), mgvq_checkpoint=str(folder / "mgvq.safetensors"))
+    frozen = mgvq.state_dict().items()
+    return Memory(config, tensors), {k: v for k, v in frozen if k.startswith(("encoder.", "quant_conv.", "quantize.embedding."))}

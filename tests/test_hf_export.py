@@ -3,7 +3,6 @@
 import io
 import json
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -16,63 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from htc_megatron.checkpoint.writer import CheckpointWriter
-from htc_megatron.config import ConfigError, RunConfig, TrainingConfig
+from htc_megatron.config import ConfigError
 from htc_megatron.data.shards import Index
-from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.evaluation.attention import draw, voco_attention
 from htc_megatron.inference import answer, ask, load
-from htc_megatron.model.mgvq import build_mgvq, save_mgvq
 from htc_megatron.weights import weights
 from htc_megatron.weights.export import export, hf_from_tensors, hf_tensors
-from tests.hf_tiny import tiny_images, tiny_tokenizer, tiny_training_config, tiny_weights
+from tests.hf_tiny import made, tiny_images, tiny_training_config, tiny_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-FRESH = """
-import json, sys
-sys.modules["htc_megatron"] = None  # the folder must stand alone
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-folder = sys.argv[1]
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-content = [{"type": "image", "image": Image.open(folder + "/../picture.png")}, {"type": "text", "text": "What shape is in the image?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-print(json.dumps([model(**inputs).logits[0, -1].tolist(), made[0].tolist(), type(model).__module__]))
-"""
-
-
-class Memory:
-    """A checkpoint's reader over tensors in memory."""
-
-    def __init__(self, config: RunConfig, tensors: dict[str, torch.Tensor]):
-        self.config, self.tensors = config, tensors
-        self.names = list(tensors)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-
-def made(folder: Path, precision: str = "fp32", seed: int = 0, **method):
-    """A run's configuration and weights, with its tokenizer and MGVQ on disk."""
-    tokenizer = tiny_tokenizer(folder)
-    ours = load_tokenizer(tokenizer)
-    model = tiny_training_config(vocab_size=ours.vocab_size, voco=ours.voco_token_id, **method)
-    tensors, _ = tiny_weights(model, seed)
-    mgvq = build_mgvq(model.mgvq)
-    save_mgvq(mgvq, model.mgvq, folder / "mgvq.safetensors")
-    if model.method.channels != "continuous":
-        tensors["frontend.codebook.weight"] = mgvq.quantize.embedding.weight.detach().clone()
-    training = TrainingConfig(precision=precision)
-    config = RunConfig(model=model, training=training, tokenizer=str(tokenizer), mgvq_checkpoint=str(folder / "mgvq.safetensors"))
-    frozen = mgvq.state_dict().items()
-    return Memory(config, tensors), {k: v for k, v in frozen if k.startswith(("encoder.", "quant_conv.", "quantize.embedding."))}
 
 
 @pytest.fixture(scope="module")
@@ -167,22 +118,6 @@ def test_a_changed_weight_changes_the_logits():
             moved += torch.randn(moved.shape)
         after = hf_from_tensors(model, tensors | {weight.name: moved}, mgvq)(ids, **images).logits
         assert (after - before).abs().max() > 1e-6, weight.name
-
-
-def test_a_fresh_process_loads_it_by_the_automatic_classes(exported):
-    folder, reader, mgvq = exported
-    command = [sys.executable, "-c", FRESH, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, timeout=120, check=True)
-    logits, ids, module = json.loads(done.stdout.splitlines()[-1])
-    assert module.startswith("transformers_modules.")
-    model, processor = load(folder)
-    picture = Image.open(folder.parent / "picture.png")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What shape is in the image?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    torch.testing.assert_close(torch.tensor(logits), model(**inputs).logits[0, -1], atol=1e-6, rtol=0)
-    assert model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist() == ids
 
 
 def test_low_precision_keeps_mgvq(tmp_path):

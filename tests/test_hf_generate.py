@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import htc_megatron.hf.modeling_htc_vlm as modeling
 from htc_megatron.hf.mask_htc_vlm import TEXT, VISUAL, VOCO, VocoCache
@@ -207,8 +208,17 @@ def test_bad_input_is_refused(change, sentence):
         model(**batch, **images)
 
 
-def test_foreign_caches_are_refused():
+@pytest.mark.parametrize("name, seen", [("static", "StaticCache"), ("offloaded", "DynamicCache that offloads")])
+def test_caches_that_would_keep_v_hy_are_refused(name, seen):
     model = tiny_model()
     batch = tiny_batch(model.config, [[1, 5, 6]])
-    with pytest.raises(ValueError, match="wanted a VocoCache"):
-        model.generate(**batch, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=f"past_key_values is a {seen}; wanted a VocoCache"):
+        model.generate(**batch, max_new_tokens=2, cache_implementation=name)
+
+
+def test_continuous_batching_is_refused():
+    model = tiny_model()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="cannot be run by continuous batching"):
+        model.generate_batch([[1, 5, 6]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2))
+    assert model.config._attn_implementation == before

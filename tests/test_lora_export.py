@@ -14,9 +14,9 @@ from htc_megatron.checkpoint import CheckpointReader, CheckpointWriter
 from htc_megatron.config import ConfigError, LoraConfig
 from htc_megatron.inference.answer import load
 from htc_megatron.weights.table import is_adapter
-from tests.hf_tiny import tiny_weights
+from tests.hf_tiny import made, tiny_weights
 from tests.import_tiny import llama
-from tests.test_hf_export import made, tool
+from tests.test_hf_export import tool
 from tests.test_import import CONTINUOUS, imported, small_tower
 
 TARGETS = {"all": LoraConfig(rank=4, alpha=6.0), "q and v": LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "v_proj"))}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers.models.auto import modeling_auto
 
 TEXT_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 CHOICES = {
@@ -94,3 +95,8 @@ class HTCVLMConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Placeholders an image takes in input_ids: K, or N + K where nothing is compressed (mask none)."""
         return self.num_voco_tokens + (self.visual_per_image if self.mask == "none" else 0)
+
+
+# `transformers serve` asks this table, not the automatic classes' registers, whether a model is one that it can serve.
+_served = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})  # transformers 5 has it
+_served[HTCVLMConfig.model_type] = "HTCVLMForConditionalGeneration"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, GenerationMixin, LlamaModel, LogitsProcessorList, PreTrainedModel, Qwen2Model
+from transformers import CLIPVisionModel, DynamicCache, GenerationMixin, LlamaModel, LogitsProcessorList, PreTrainedModel, Qwen2Model
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import ModelOutput
 
@@ -67,6 +67,21 @@ class AnchorProjector(nn.Module):
         return F.gelu(self.fc2(hidden)).unflatten(-1, (self.num_anchors, -1))
 
 
+class FrozenMGVQ(MGVQ):
+    """Encoder and quantiser that stay in fp32 whatever `.to(dtype)`, `.half()` and their like do to the rest.
+
+    Codes are an argmax over cosines: in low precision they would be other codes than the model was trained on.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        def kept_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device) if narrow else moved
+
+        return super()._apply(kept_wide, recurse)
+
+
 class HTCVLMPreTrainedModel(PreTrainedModel):
     config_class = HTCVLMConfig
     base_model_prefix = "model"
@@ -81,12 +96,13 @@ class HTCVLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "CLIPEncoderLayer"]
-    # Codes are an argmax over cosines: in low precision they would be other codes than the model was trained on.
-    _keep_in_fp32_modules_strict = ["mgvq"]
+    _keep_in_fp32_modules_strict = ["mgvq"]  # what FrozenMGVQ does, while weights are loaded
 
 
 class HTCVLMModel(HTCVLMPreTrainedModel):
     """Both visual channels, fusion and the backbone, without the output layer."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
     def __init__(self, config: HTCVLMConfig):
         super().__init__(config)
@@ -96,7 +112,7 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
             self.vision_tower.post_layernorm = nn.Identity()  # acts on the pooled CLS only, which is not used
             self.projector = PatchProjector(config)
         if config.channels != "continuous":
-            self.mgvq = MGVQ(**config.mgvq_config, encoder_only=True).requires_grad_(False)
+            self.mgvq = FrozenMGVQ(**config.mgvq_config, encoder_only=True).requires_grad_(False)
             side = self.mgvq.image_size // 2 ** (len(self.mgvq.encoder.stages) - 1)  # stage 0 is empty
             self.anchors = AnchorProjector(config, self.mgvq.quant_conv.out_channels * side**2)
         self.post_init()
@@ -192,8 +208,11 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
     def _cache(self, given: VocoCache | None, use_cache: bool | None) -> VocoCache | None:
         if isinstance(given, VocoCache):
             return given
-        if given is not None and (given.get_seq_length() or given.is_compileable):
-            raise ValueError(f"past_key_values is a {type(given).__name__}; wanted a VocoCache, which forward and compress return, or none")
+        # An empty DynamicCache is what generate() makes by itself.
+        if given is not None and (type(given) is not DynamicCache or given.offloading or given.get_seq_length()):
+            seen = type(given).__name__ + (" that offloads" if given.offloading else "")
+            wanted = "a VocoCache, which forward and compress return, or none and no cache_implementation"
+            raise ValueError(f"past_key_values is a {seen}; wanted {wanted}")
         return VocoCache(self.config.text_config) if use_cache or given is not None else None
 
     def _real(self, input_ids: Tensor, attention_mask: Tensor | None, cache: VocoCache | None) -> Tensor:
@@ -298,10 +317,16 @@ class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
         """As GenerationMixin's, from a cache that holds no V_hy. The placeholder itself is never generated."""
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("generate takes input_ids, not inputs_embeds: HTC-VLM must see where images stand")
+        if kwargs.get("tokenizer") is not None:  # `transformers serve` gives the processor, which stop strings cannot use
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         device = (inputs if inputs is not None else kwargs.get("input_ids", self.lm_head.weight)).device
         processors = LogitsProcessorList(logits_processor or [])
         processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused with ValueError, and generate_batch with it: a paged cache would keep V_hy and know nothing of the rule."""
+        raise ValueError("HTC-VLM cannot be run by continuous batching, whose cache would keep every image's V_hy; use generate")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs) -> dict:
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

@@ -76,6 +76,17 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(((pixels - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)))
 
 
+class HTCVLMFeatures(BatchFeature):
+    """A batch whose `to(dtype)` leaves MGVQ's pixels in fp32, since rounded pixels can give other codes."""
+
+    def to(self, *args, **kwargs) -> "HTCVLMFeatures":
+        exact = self.data.get("mgvq_pixel_values")
+        super().to(*args, **kwargs)
+        if isinstance(exact, Tensor):
+            self.data["mgvq_pixel_values"] = exact.to(self.data["mgvq_pixel_values"].device)
+        return self
+
+
 class HTCVLMImageProcessor(BaseImageProcessor):
     """Pixels for the channels a model has: `pixel_values` for the tower, `mgvq_pixel_values` for the discrete tokenizer.
 
@@ -88,7 +99,7 @@ class HTCVLMImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.image_size, self.mgvq_image_size, self.channels = image_size, mgvq_image_size, channels
 
-    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> HTCVLMFeatures:
         """One image or any nesting of them, in order: PIL images, paths, URLs or uint8 arrays [height, width, 3]."""
         opened = [open_image(image) for image in flatten(images)]
         data = {}
@@ -96,7 +107,7 @@ class HTCVLMImageProcessor(BaseImageProcessor):
             data["pixel_values"] = torch.stack([clip_pixels(image, self.image_size) for image in opened])
         if self.channels != "continuous":
             data["mgvq_pixel_values"] = torch.stack([mgvq_pixels(image, self.mgvq_image_size) for image in opened])
-        return BatchFeature(data, tensor_type=return_tensors)
+        return HTCVLMFeatures(data, tensor_type=return_tensors)
 
 
 def flatten(images) -> list:
@@ -174,7 +185,7 @@ class HTCVLMProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
         **kwargs,
-    ) -> BatchFeature:
+    ) -> HTCVLMFeatures:
         """input_ids and attention_mask of the texts, pixels of the images.
 
         images: one, a list, or a list a text; as many as there are "<image>" in the texts, in their order.
@@ -196,7 +207,7 @@ class HTCVLMProcessor(ProcessorMixin):
             data |= self.tokenizer.pad({"input_ids": rows}, padding=padding, max_length=max_length, padding_side=side)
         if images is not None and flatten(images):
             data |= self.image_processor.preprocess(images)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return HTCVLMFeatures(data, tensor_type=return_tensors)
 
     def _check_counts(self, images, texts: list[str]) -> None:
         wanted = [t.count(IMAGE_TOKEN) for t in texts]

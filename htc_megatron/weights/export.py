@@ -1,6 +1,5 @@
 """From a checkpoint to a Hugging Face folder: weights, configuration, processor and the code that loads them."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +28,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MGVQ_PREFIX, LM_HEAD = "model.mgvq.", "lm_head.weight"
 EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
 CODE_FILES = ("configuration_htc_vlm", "mask_htc_vlm", "modeling_htc_vlm", "modeling_mgvq", "processing_htc_vlm")
-AUTO_CONFIG = {
+AUTO_CONFIG = {  # in config.json; the processor's file gets its own from register_for_auto_class
     "AutoConfig": "configuration_htc_vlm.HTCVLMConfig",
+    "AutoModel": "modeling_htc_vlm.HTCVLMModel",
     "AutoModelForImageTextToText": "modeling_htc_vlm.HTCVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_htc_vlm.HTCVLMForConditionalGeneration",
     "AutoProcessor": "processing_htc_vlm.HTCVLMProcessor",
 }
-AUTO_IMAGES = {"AutoImageProcessor": "processing_htc_vlm.HTCVLMImageProcessor"}
+MAX_NEW_TOKENS = 256  # what pipeline() takes too; without it generate() stops after 20
 
 
 class Reader(Protocol):
@@ -287,18 +288,13 @@ def _write_settings(folder: Path, settings: HTCVLMConfig, tokenizer: PreTrainedT
     for name, value in special.items():
         setattr(settings.text_config, name, value)
     settings.architectures = ["HTCVLMForConditionalGeneration"]
-    settings.auto_map = AUTO_CONFIG
+    settings.auto_map = dict(AUTO_CONFIG)
     settings.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **special).save_pretrained(folder)
     images = HTCVLMImageProcessor(settings.vision_config.image_size, settings.mgvq_config["image_size"], settings.channels)
     template = vicuna_template(system)
     processor = HTCVLMProcessor(images, tokenizer, chat_template=template, num_image_tokens=settings.image_seq_length)
     processor.save_pretrained(folder)
-    described = folder / "processor_config.json"
-    content = json.loads(described.read_text(encoding="utf-8"))
-    content["auto_map"] = {"AutoProcessor": AUTO_CONFIG["AutoProcessor"]}
-    content["image_processor"]["auto_map"] = AUTO_IMAGES
-    described.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     source = Path(htc_megatron.hf.__file__).parent
     for name in CODE_FILES:
         shutil.copyfile(source / f"{name}.py", folder / f"{name}.py")
