@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,15 +66,24 @@ def slow_disk(seconds: float, failures: int = 0) -> Iterator[None]:
         yield
 
 
-def train_on_a_slow_disk(yaml: str, overrides: list[str], seconds: float) -> tuple[list[tuple[int, float, float]], list[int]]:
-    """What `train` returns, and the steps that began while a checkpoint was being written."""
-    beside = []
+def train_while_saving(yaml: str, overrides: list[str]) -> tuple[list[tuple[int, float, float]], list[int]]:
+    """What `train` returns, and the steps that began while a checkpoint was being written. No thread makes its rank's file, let
+    alone reads a byte for it, before training has done a whole step after the save began."""
+    beside, stepped, make = [], threading.Event(), CheckedWriter.__init__
+
+    def wait_for_step(self: CheckedWriter, path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread() and path.name.startswith("rank_"):
+            assert stepped.wait(100), "no step was made while a save was under way"
+            stepped.clear()
+        make(self, path)
 
     def note(trainer: Trainer) -> None:
         if trainer.pending is not None and not trainer.pending.done:
             beside.append(trainer.step_number + 1)
+            if trainer.step_number > trainer.pending.step:
+                stepped.set()
 
-    with slow_disk(seconds):
+    with mock.patch.object(CheckedWriter, "__init__", wait_for_step):
         return train(yaml, overrides, note), beside
 
 
