@@ -23,7 +23,7 @@ from htc_megatron.model.mask import VISUAL, token_kinds
 from htc_megatron.weights.export import export
 from tests import data_tiny
 from tests.distributed import RankFailure
-from tests.train_worker import logits_of, train, train_on_a_full_disk, train_on_a_slow_disk, train_until
+from tests.train_worker import logits_of, train, train_on_a_full_disk, train_until, train_while_saving
 from tests.training_tiny import make_run, prepare_data
 
 TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
@@ -204,14 +204,14 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     ids=["one process", "PP 2 x DP 2, ZeRO-3", "DP 2, ZeRO-2, bf16"],
 )
 def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, world_size, layout):
-    """Training goes on while a slow disk takes them in, and not a bit of losses or checkpoints differs from a run that waits."""
+    """Training goes on before a byte of them is written, and not a bit of losses or checkpoints differs from a run that waits."""
     common = [*layout, "training.train_iters=8", "training.save_interval=2"]
     waits = [*common, "training.async_save=false", f"output_dir={tmp_path}/waits"]
     goes_on = [*common, f"output_dir={tmp_path}/goes_on"]
     expected = ranks(world_size).run(train, str(run), waits)[0]
-    found, beside = ranks(world_size).run(train_on_a_slow_disk, str(run), goes_on, 0.1)[0]
+    found, beside = ranks(world_size).run(train_while_saving, str(run), goes_on)[0]
     assert found == expected
-    assert {3, 5, 7} <= set(beside), "no step was made beside the writing"
+    assert beside == [3, 4, 5, 6, 7, 8]
     for theirs in checkpoints(tmp_path / "waits" / "checkpoints"):
         ours, theirs = stored(tmp_path / "goes_on" / "checkpoints" / theirs.name), stored(theirs)
         assert ours.keys() == theirs.keys()
@@ -223,7 +223,7 @@ def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, world_s
         assert len(re.findall(pattern, output)) == 1, output
     events = EventAccumulator(str(tmp_path / "goes_on" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("checkpoint/stall_s")] == [2, 4, 6, 8]
-    assert all(event.value >= 0.1 for event in events.Scalars("checkpoint/write_s"))
+    assert all(event.value > 0 for event in events.Scalars("checkpoint/write_s"))
 
 
 def test_how_many_checkpoints_stay(ranks, run, tmp_path):
@@ -233,14 +233,14 @@ def test_how_many_checkpoints_stay(ranks, run, tmp_path):
 
 
 def test_a_failed_save_costs_no_step_and_two_end_the_run(ranks, run, tmp_path):
-    """One rank's disk is full: once, and the next save is waited for and good; or longer, and every rank raises one sentence."""
+    """One rank's disk is full: once, and the next save is good; or also when that one is waited for, and all ranks raise a sentence."""
     overrides = ["zero=zero3.json", "training.train_iters=6", "training.save_interval=2"]
     steps = ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/once"], 1)[0]
     assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
     assert [folder.name for folder in checkpoints(tmp_path / "once" / "checkpoints")] == ["step_00000004", "step_00000006"]
     assert len(re.findall("the checkpoint of step 2 was not written: OSError: .* No space left", ranks(2).output[0])) == 1
     with pytest.raises(RankFailure) as failure:
-        ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/longer"], 99)
+        ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/longer"], 2)
     assert sorted(failure.value.exceptions) == [0, 1]
     for error in failure.value.exceptions.values():
         assert isinstance(error, CheckpointError) and "\n" not in str(error) and "No space left on device" in str(error)

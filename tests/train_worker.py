@@ -2,12 +2,16 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 
+from htc_megatron.checkpoint.box_file import CheckedWriter
 from htc_megatron.config_io import check, load_config, load_zero
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.training import trainer as trainer_module
@@ -42,41 +46,51 @@ def train(yaml: str, overrides: list[str], before: Callable[[Trainer], None] | N
     return found
 
 
-class SlowDisk:
-    """While it is entered, every file takes `seconds` to reach the disk; the first `failures` files of `rank` never do."""
+@contextmanager
+def slow_disk(seconds: float, failures: int = 0) -> Iterator[None]:
+    """Every file of a checkpoint takes `seconds` to be made, before a byte is written; the first `failures` never reach the disk."""
+    make, fsync = CheckedWriter.__init__, os.fsync
 
-    def __init__(self, seconds: float, rank: int = 0, failures: int = 0):
-        self.seconds, self.failures = seconds, failures if int(os.environ["RANK"]) == rank else 0
+    def slowly(self: CheckedWriter, path: Path) -> None:
+        time.sleep(seconds)
+        make(self, path)
 
-    def __call__(self, descriptor: int) -> None:
-        time.sleep(self.seconds)
-        if self.failures:
-            self.failures -= 1
+    def failing(descriptor: int) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
             raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    def __enter__(self) -> None:
-        self.patch = mock.patch.object(os, "fsync", self)
-        self.patch.start()
-
-    def __exit__(self, *error) -> None:
-        self.patch.stop()
+    with mock.patch.object(CheckedWriter, "__init__", slowly), mock.patch.object(os, "fsync", failing):
+        yield
 
 
-def train_on_a_slow_disk(yaml: str, overrides: list[str], seconds: float) -> tuple[list[tuple[int, float, float]], list[int]]:
-    """What `train` returns, and the steps that began while a checkpoint was being written."""
-    beside = []
+def train_while_saving(yaml: str, overrides: list[str]) -> tuple[list[tuple[int, float, float]], list[int]]:
+    """What `train` returns, and the steps that began while a checkpoint was being written. No thread makes its rank's file, let
+    alone reads a byte for it, before training has done a whole step after the save began."""
+    beside, stepped, make = [], threading.Event(), CheckedWriter.__init__
+
+    def wait_for_step(self: CheckedWriter, path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread() and path.name.startswith("rank_"):
+            assert stepped.wait(100), "no step was made while a save was under way"
+            stepped.clear()
+        make(self, path)
 
     def note(trainer: Trainer) -> None:
         if trainer.pending is not None and not trainer.pending.done:
             beside.append(trainer.step_number + 1)
+            if trainer.step_number > trainer.pending.step:
+                stepped.set()
 
-    with SlowDisk(seconds):
+    with mock.patch.object(CheckedWriter, "__init__", wait_for_step):
         return train(yaml, overrides, note), beside
 
 
 def train_on_a_full_disk(yaml: str, overrides: list[str], failures: int) -> list[tuple[int, float, float]]:
     """What `train` returns where the last rank's first files cannot be written."""
-    with SlowDisk(0.0, int(os.environ["WORLD_SIZE"]) - 1, failures):
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    with slow_disk(0.0, failures if last else 0):
         return train(yaml, overrides)
 
 
@@ -91,7 +105,7 @@ def train_until(yaml: str, overrides: list[str], step: int, how: str) -> None:
             if trainer.groups.rank == trainer.groups.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    with SlowDisk(0.3):
+    with slow_disk(0.3):
         train(yaml, overrides, end)
 
 

@@ -72,6 +72,7 @@ def run_save(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
         ("save in a thread: stall", f"{found['stall_s']:.3f} s"),
         ("save in a thread: writing", f"{found['write_s']:.3f} s"),
         (f"slow-down of the {found['steps_a_round']} steps beside it", f"{found['slowdown_s']:.3f} s"),
+        ("the same in processor time of training's thread", f"{found['busy_slowdown_s']:.3f} s"),
         ("stall / blocking save", f"{found['stall_share']:.1%}"),
         ("(stall + slow-down) / blocking save", f"{found['cost_share']:.1%}"),
     ]

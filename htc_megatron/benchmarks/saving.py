@@ -20,6 +20,8 @@ from htc_megatron.parallel.groups import Groups
 from htc_megatron.training.build import build_engine, checkpoint_state
 from htc_megatron.training.step import train_step
 
+KEYS = ("stall_s", "write_s", "blocking_s", "slowdown_s", "busy_slowdown_s", "cost_s")
+
 
 def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Called by every rank. `folder` is made for the checkpoints and removed.
@@ -29,7 +31,9 @@ def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, 
     the rounds. Seconds, of rank 0, which starts and ends every part together with the others:
 
     step_s: an undisturbed step. blocking_s: a blocking save. stall_s: until save_async returns. write_s: its thread.
-    slowdown_s: the n steps beside the writing less the n undisturbed ones.
+    slowdown_s: the n steps beside the writing less the n undisturbed ones. busy_slowdown_s: the same in time that training's own
+    thread ran on a processor, which shows what the writing takes from it through caches, memory and the interpreter's lock, but
+    not that the two share a core, nor what other programs do.
     cost_s: stall and slow-down together: what the save took from training. cost_share, stall_share: of the blocking save.
     """
     load = os.getloadavg()[0]
@@ -38,14 +42,15 @@ def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, 
     share = config.training.global_batch_size // config.training.micro_batch_size // groups.dp_size
     batches = [random_batch(config, 1000 * groups.dp_rank + i, groups.first_stage) for i in range(share)]
 
-    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+        """Seconds, seconds of this thread on a processor, and what `work` returned."""
         dist.barrier()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         value = work()
         if groups.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
-        return time.perf_counter() - began, value
+        return time.perf_counter() - began, time.thread_time() - busy, value
 
     def steps(count: int) -> None:
         for _ in range(count):
@@ -60,29 +65,29 @@ def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, 
         for _ in range(2):  # the first copy finds its memory, which happens once in a run; the second overwrites it
             pending = save_async(folder, state, **save_arguments(), buffers=buffers)
             pending.wait()
-        step, _ = timed(lambda: steps(2))
+        step, *_ = timed(lambda: steps(2))
         count = torch.tensor(math.ceil(2 * pending.seconds / (step / 2)) + 1, device=groups.device)
         dist.broadcast(count, 0)
         count = int(count)
         figures: list[dict[str, float]] = []
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}: {count} steps, a save in a thread and {count} steps, a blocking save")
-            undisturbed, _ = timed(lambda: steps(count))
-            stall, pending = timed(lambda: save_async(folder, state, **save_arguments(), buffers=buffers))
-            disturbed, _ = timed(lambda: steps(count))
+            undisturbed, alone, _ = timed(lambda: steps(count))
+            stall, _, pending = timed(lambda: save_async(folder, state, **save_arguments(), buffers=buffers))
+            disturbed, beside, _ = timed(lambda: steps(count))
             outlasted = pending.done
             pending.wait()
-            blocking, path = timed(lambda: save(folder, state, **save_arguments()))
+            blocking, _, path = timed(lambda: save(folder, state, **save_arguments()))
             one = {"undisturbed_s": undisturbed, "disturbed_s": disturbed, "stall_s": stall, "write_s": pending.seconds}
             one |= {"blocking_s": blocking, "slowdown_s": disturbed - undisturbed, "cost_s": stall + disturbed - undisturbed}
-            figures.append(one | {"outlasted": outlasted})
+            figures.append(one | {"busy_slowdown_s": beside - alone, "outlasted": outlasted})
         size = sum(file.stat().st_size for file in CheckpointReader(path).folder.iterdir())
     finally:
         engine.destroy()
         dist.barrier()
         if groups.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    found = {key: median(one[key] for one in figures) for key in ("stall_s", "write_s", "blocking_s", "slowdown_s", "cost_s")}
+    found = {key: median(one[key] for one in figures) for key in KEYS}
     return {
         "parameters": num_parameters(config.model),
         "checkpoint_bytes": size,
