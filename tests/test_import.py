@@ -16,7 +16,8 @@ from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.evaluation.compare import compare_tensors, open_model
 from htc_megatron.weights.export import export
 from htc_megatron.weights.export_backbone import export_backbone
-from htc_megatron.weights.importing import inverse_gelu, plan_import
+from htc_megatron.weights.importing import plan_import
+from htc_megatron.weights.new_parts import inverse_gelu
 from htc_megatron.weights.sources import open_source
 from tests import data_tiny, import_tiny
 from tests.import_tiny import VOCAB, clip, llama, llava, mgvq_file, original_llava, qwen2, tensors_of, whole_clip, write

@@ -27,23 +27,23 @@ from htc_megatron.model.mgvq import load_codebook, read_mgvq_config
 from htc_megatron.weights.convert import from_hf
 from htc_megatron.weights.export import EMBEDDING, VOCO
 from htc_megatron.weights.families import ADAPTER, MGVQ, VIT, Recognised, Sizes, part_named, recognise
+from htc_megatron.weights.new_parts import anchors_at_mean, grown, voco_row
 from htc_megatron.weights.table import Weight, is_adapter, weights
 
 OUTPUT = "backbone.output_layer.weight"
 EMBEDDING_NAME, OUTPUT_NAME = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ANCHORS_OUT = "frontend.anchors.fc2."
 NEW_BY_NATURE = ("projector", "anchors", "voco", ADAPTER)  # what the method adds to a language model and a tower
-HUB = {"frontend.vision.": "vision", "frontend.projector.": "projector", "frontend.anchors.": "anchors", "frontend.voco.": "voco"}
-HUB |= {"frontend.codebook.": "codebook", "backbone.": "backbone"}
+PREFIXES = {"frontend.vision.": "vision", "frontend.projector.": "projector", "frontend.anchors.": "anchors", "frontend.voco.": "voco"}
+PREFIXES |= {"frontend.codebook.": "codebook", "backbone.": "backbone"}
 _TOWER_LAYER = re.compile(re.escape(VIT) + r"encoder\.layers\.(\d+)\.")
-CHUNK = 4096  # rows of a vocabulary matrix that are averaged at once
 
 
 def part_of(weight: Weight) -> str:
     """The part of the model that a weight belongs to."""
     if is_adapter(weight.name):
         return ADAPTER
-    return next(part for prefix, part in HUB.items() if weight.name.startswith(prefix))
+    return next(part for prefix, part in PREFIXES.items() if weight.name.startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Plan:
         if part == "codebook":
             return self._read(weight, "mgvq")
         if weight.name in (EMBEDDING, OUTPUT) and part in self.sources:
-            return self._grown(weight)
+            return grown(self._table(weight.hf[0]), weight.shape[0])
         if part in self.sources:
             return self._read(weight, part)
         if self.new == "mean" and weight.name.startswith(ANCHORS_OUT):
-            return self._mean_anchors(weight)
+            return anchors_at_mean(weight, self._table(), model.method.num_anchors)
         return initial_value(weight, self.seed, 0, 1)
 
     def _read(self, weight: Weight, part: str) -> Tensor:
@@ -96,52 +96,10 @@ class Plan:
             return initial_value(embedding, self.seed, 0, 1)
         return found.source.tensor(found.names[ours])
 
-    def _grown(self, weight: Weight) -> Tensor:
-        """A vocabulary matrix with its new rows behind the source's: each the mean of the source's rows."""
-        table = self._table(weight.hf[0])
-        rows = weight.shape[0] - len(table)
-        return torch.cat([table, _mean(table).to(table.dtype).expand(rows, -1)]) if rows else table
-
     def _voco(self) -> Tensor:
-        table = self._table()
         if self.voco_from_embedding:
-            return table[self.config.model.method.voco_token_id][None].clone()
-        if self.new == "mean":
-            return _mean(table)[None]
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(1, table.shape[1], generator=generator) * _deviation(table)
-
-    def _mean_anchors(self, weight: Weight) -> Tensor:
-        """P_d's last linear so that every anchor begins as the mean embedding: no weight, and GELU's inverse as bias."""
-        if weight.name.endswith("weight"):
-            return torch.zeros(weight.shape)
-        return inverse_gelu(_mean(self._table())).repeat(self.config.model.method.num_anchors)
-
-
-def _mean(table: Tensor) -> Tensor:
-    """Mean row, fp32, without a second copy of the matrix."""
-    total = torch.zeros(table.shape[1], dtype=torch.float64)
-    for rows in table.split(CHUNK):
-        total += rows.double().sum(0)
-    return (total / len(table)).float()
-
-
-def _deviation(table: Tensor) -> float:
-    """Root mean square distance of the entries from their column's mean."""
-    mean, total = _mean(table).double(), 0.0
-    for rows in table.split(CHUNK):
-        total += float((rows.double() - mean).square().sum())
-    return (total / table.numel()) ** 0.5
-
-
-def inverse_gelu(y: Tensor) -> Tensor:
-    """x >= -0.75 with GELU(x) = y, by bisection in float64; entries below GELU's least value, -0.17, give where that is."""
-    low, high = torch.full_like(y, -0.7517, dtype=torch.float64), y.double().clamp_min(0) + 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = torch.nn.functional.gelu(middle) < y.double()
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return ((low + high) / 2).to(y.dtype)
+            return self._table()[self.config.model.method.voco_token_id][None].clone()
+        return voco_row(self._table(), self.new, self.seed)
 
 
 def plan_import(
