@@ -1,6 +1,7 @@
 """Write a checkpoint of weights from one process, tensor by tensor: what an import of other people's weights produces."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,19 +22,22 @@ from htc_megatron.weights.table import weights
 class CheckpointWriter:
     """`with CheckpointWriter(root, config) as writer: writer.add(name, tensor)` for every weight; complete at the block's end.
 
-    Tensors come in their stored global form and keep their type. At most `file_bytes` and one tensor are held in memory.
+    Tensors come in their stored global form and keep their type. Files are written in a thread while further tensors come; at
+    most two files of `file_bytes` and two tensors are held in memory.
     At the end the weights must be exactly those of `config.model`: CheckpointError lists what is missing. `folder` is
     then the finished checkpoint. After any error nothing is left behind.
     """
 
     def __init__(
-        self, root: str | Path, config: RunConfig, *, step: int = 0, extra: dict[str, Any] | None = None, file_bytes: int = 512 << 20
+        self, root: str | Path, config: RunConfig, *, step: int = 0, extra: dict[str, Any] | None = None, file_bytes: int = 256 << 20
     ):
         self.config, self.step, self.extra, self.file_bytes = config, step, check_json(extra or {}), file_bytes
         self.expected = {weight.name: weight.shape for weight in weights(config.model)}
         self.pieces: list[Piece] = []
         self.tensors: dict[str, StoredTensor] = {}
         self.files: dict[str, FileRecord] = {}
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: tuple[str, Future[FileRecord]] | None = None
         self.folder = begin(Path(root), step)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -54,26 +58,34 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        unfinished = self.folder
         try:
             if kind is None:
                 self._finish()
-        except BaseException:
-            discard(self.folder)
-            raise
-        if kind is not None:
-            discard(self.folder)
+        finally:
+            self.thread.shutdown()
+            if self.folder == unfinished:
+                discard(unfinished)
 
     def _flush(self) -> None:
+        self._wait()
         if self.pieces:
             name = f"part_{len(self.files):05d}{SUFFIX}"
-            self.files[name] = write_boxes(self.folder / name, self.pieces)
+            self.writing = name, self.thread.submit(write_boxes, self.folder / name, self.pieces)
             self.pieces = []
+
+    def _wait(self) -> None:
+        """Wait for the file that is being written. Raises what went wrong with it."""
+        if self.writing is not None:
+            name, record = self.writing
+            self.files[name], self.writing = record.result(), None
 
     def _finish(self) -> None:
         missing = [name for name in self.expected if f"model/{name}" not in self.tensors]
         if missing:
             raise CheckpointError(f"{len(missing)} weights of this model are missing: {', '.join(missing)}")
         self._flush()
+        self._wait()
         self.files[CONFIG] = write_bytes(self.folder / CONFIG, config_to_bytes(self.config))
         Manifest(self.step, None, Place().layout(), self.tensors, self.files, self.extra).write(self.folder)
         self.folder = commit(self.folder)

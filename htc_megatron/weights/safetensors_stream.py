@@ -2,14 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+T = TypeVar("T")
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -46,7 +49,30 @@ def write_files(folder: Path, entries: Sequence[Entry], tensors: Iterable[tuple[
     Returns the file names. Raises ValueError if a tensor is not the one that was announced.
     """
     files = plan_files(entries, limit)
-    stream = iter(tensors)
+    with closing(ahead(tensors)) as stream:
+        _write_all(folder, files, stream)
+        if next(stream, None) is not None:
+            raise ValueError(f"{folder}: more tensors came than the {len(entries)} announced")
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+            "weight_map": {entry.name: file for file, group in files.items() for entry in group},
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return list(files)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each one made in a thread while the one before it is used. What making one raises is raised here."""
+    end, source = object(), iter(items)
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        coming = pool.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, source, end)
+            yield item
+
+
+def _write_all(folder: Path, files: dict[str, list[Entry]], stream: Iterator[tuple[str, Tensor]]) -> None:
     for file, group in files.items():
         with open(folder / file, "wb") as target:
             target.write(_header(group))
@@ -57,15 +83,6 @@ def write_files(folder: Path, entries: Sequence[Entry], tensors: Iterable[tuple[
                     raise ValueError(f"{file}: expected {entry.name} {entry.shape} {entry.dtype}, got {seen}")
                 raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                 target.write(memoryview(raw.numpy()))
-    if next(stream, None) is not None:
-        raise ValueError(f"{folder}: more tensors came than the {len(entries)} announced")
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
-            "weight_map": {entry.name: file for file, group in files.items() for entry in group},
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return list(files)
 
 
 def _header(group: Sequence[Entry]) -> bytes:
