@@ -1,7 +1,10 @@
 """What is on disk, and what of it is refused: missing, damaged, surplus, not fitting."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 
 from htc_megatron import checkpoint
 from htc_megatron.checkpoint import CheckpointError, CheckpointReader, box_file
-from htc_megatron.checkpoint.box_file import CheckedReader, Piece, write_boxes, write_bytes
+from htc_megatron.checkpoint.box_file import BLOCK, CheckedReader, CheckedWriter, Piece, write_boxes, write_bytes
 from htc_megatron.checkpoint.boxes import Box, flat_boxes
 from htc_megatron.checkpoint.manifest import CONFIG, Manifest, StoredTensor, config_to_bytes
 from htc_megatron.config import RunConfig
@@ -195,3 +198,26 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     assert all((entry.param == 5.0).all() or (entry.param == 1.0).all() for entry in state.entries), (
         "something was written before the check"
     )
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_blocks_go_past_the_page_cache_where_they_can(tmp_path, monkeypatch, refuses):
+    """Whole blocks and a rest, in pieces that fit neither; and on a file system that allows O_DIRECT and then takes no write of it."""
+    monkeypatch.setattr(box_file, "BLOCK", BLOCK)
+    data, write, direct = os.urandom(2 * BLOCK + 4096 + 5), os.write, []
+
+    def watched(descriptor: int, block: memoryview) -> int:
+        direct.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
+        if direct[-1] and refuses:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, block)
+
+    monkeypatch.setattr(os, "write", watched)
+    writer = CheckedWriter(tmp_path / "file")
+    for start in range(0, len(data), 999_999):
+        writer.write(data[start : start + 999_999])
+    record = writer.close()
+    assert (tmp_path / "file").read_bytes() == data
+    CheckedReader(tmp_path / "file", record).verify()
+    if direct[0]:  # some file systems, such as older tmpfs, know nothing of it
+        assert direct == ([True, False, False, False] if refuses else [True, True, False])

@@ -5,9 +5,12 @@ box's size. Any safetensors reader opens the file. The checksums (kept in the ch
 blocks, so a reader checks exactly the bytes it uses and never reads a whole file for a part of it.
 """
 
+import errno
+import fcntl
 import io
 import json
 import math
+import mmap
 import os
 import sys
 import zlib
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -24,6 +28,7 @@ from htc_megatron.checkpoint.boxes import Box
 from htc_megatron.checkpoint.errors import CheckpointError
 
 BLOCK = 4 << 20  # bytes that share a checksum in new files; what the smallest read costs
+DIRECT = getattr(os, "O_DIRECT", 0)
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -62,30 +67,60 @@ class Piece(NamedTuple):
 
 
 class CheckedWriter:
-    """A new file that is summed block by block while it is written, and is on disk when `close` returns its record."""
+    """A new file that is summed block by block while it is written, and is on disk when `close` returns its record.
+
+    Blocks go past the page cache where the file system lets them (O_DIRECT): a checkpoint is not read again soon, and the kernel's
+    copying of it would take memory and processor time from the training that goes on beside.
+    """
 
     def __init__(self, path: Path):
-        self.file = open(path, "xb", buffering=0)
-        self.block, self.length, self.sums, self.current = BLOCK, 0, [], 0
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.direct = BLOCK % mmap.PAGESIZE == 0 and self._set_direct(True)
+        self.memory = mmap.mmap(-1, BLOCK)  # begins at a page, as O_DIRECT wants
+        self.buffer = numpy.frombuffer(self.memory, dtype=numpy.uint8)
+        self.length, self.filled, self.sums = 0, 0, []
 
     def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data).cast("B")
-        while rest:
-            part = rest[: self.block - self.length % self.block]
-            written = self.file.write(part)
-            self.current = zlib.crc32(part[:written], self.current)
-            self.length += written
-            if self.length % self.block == 0:
-                self.sums.append(self.current)
-                self.current = 0
-            rest = rest[written:]
+        rest = numpy.frombuffer(data, dtype=numpy.uint8)
+        while len(rest):
+            part, rest = rest[: BLOCK - self.filled], rest[BLOCK - self.filled :]
+            numpy.copyto(self.buffer[self.filled : self.filled + len(part)], part)
+            self.filled += len(part)
+            if self.filled == BLOCK:
+                self._flush()
 
     def close(self) -> FileRecord:
-        if self.length % self.block:
-            self.sums.append(self.current)
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return FileRecord(self.length, self.block, tuple(self.sums))
+        try:
+            if self.filled:
+                self._set_direct(False)  # it takes whole pages only
+                self._flush()
+            os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+        return FileRecord(self.length, BLOCK, tuple(self.sums))
+
+    def _flush(self) -> None:
+        block = self.buffer[: self.filled].data
+        self.sums.append(zlib.crc32(block))
+        written = 0
+        while written < len(block):
+            try:
+                written += os.write(self.descriptor, block[written:])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.direct:
+                    raise
+                self.direct = self._set_direct(False)  # a file system that allows O_DIRECT and then takes none, or a part of a block
+        self.length += written
+        self.filled = 0
+
+    def _set_direct(self, on: bool) -> bool:
+        """Whether writes go past the page cache from now on, as far as the file system can."""
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | DIRECT if on else flags & ~DIRECT)
+        except OSError:
+            return False
+        return on and bool(DIRECT)
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
