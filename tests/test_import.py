@@ -14,8 +14,10 @@ from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.config_io import load_config
 from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.evaluation.compare import compare_tensors, open_model
-from htc_megatron.weights.export import export
+from htc_megatron.model.mgvq import load_mgvq
+from htc_megatron.weights.export import export, hf_tensors
 from htc_megatron.weights.export_backbone import export_backbone
+from htc_megatron.weights.families import recognise
 from htc_megatron.weights.importing import plan_import
 from htc_megatron.weights.new_parts import inverse_gelu
 from htc_megatron.weights.sources import open_source
@@ -165,6 +167,37 @@ def test_every_tensor_survives_every_layout(ranks, files, checkpoints, tmp_path,
             dtype = {"LLaMA half, CLIP": "fp16", "Qwen2 tied, CLIP, MGVQ": "bf16"}.get(name, "fp32")
             export_backbone(after, tmp_path / f"{target.name}-hf", dtype=dtype)
             same(tensors_of(tmp_path / f"{target.name}-hf"), contents(files / WHOLE[name][0][0]))
+
+
+DECODING = tuple(f"model.mgvq.{part}" for part in ("decoder", "post_quant", "quantize"))  # what encoding does not need
+
+
+def exported_tensors(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Everything that the whole model's export would hold, stored types kept."""
+    model, path = reader.config.model, reader.config.mgvq_checkpoint
+    frozen = load_mgvq(path, model.mgvq, encoder_only=True).state_dict() if path else None
+    return dict(hf_tensors(model, reader.tensor, frozen))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_tensor_of_every_source_is_in_the_export(files, checkpoints, name):
+    """By the sources' own names, without the comparison that users have: nothing but rows of <voco> is added to a matrix."""
+    reader = CheckpointReader(checkpoints[name])
+    found, voco, brought = exported_tensors(reader), reader.config.model.method.voco_token_id, 0
+    for source in WHOLE[name][0]:
+        known = recognise(files / source)
+        for ours, theirs in known.names.items():
+            tensor = known.source.tensor(theirs)
+            if ours not in found:
+                assert "encoder.layers.2." in ours or ours.startswith(
+                    ("model.mgvq.decoder", "model.mgvq.post_quant", "model.mgvq.quantize")
+                )
+                continue
+            mine = found[ours][: len(tensor)] if "embed_tokens" in ours or "lm_head" in ours else found[ours]
+            kept = torch.arange(len(mine)) != (voco if "embed_tokens" in ours else -1)
+            assert torch.equal(mine[kept] if mine.ndim else mine, tensor[kept] if tensor.ndim else tensor), (ours, theirs)
+            brought += 1
+    assert brought > 50
 
 
 def test_tied_models_have_no_output_matrix(checkpoints):
