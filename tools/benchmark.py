@@ -75,6 +75,7 @@ def run_save(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
         ("the same in processor time of training's thread", f"{found['busy_slowdown_s']:.3f} s"),
         ("stall / blocking save", f"{found['stall_share']:.1%}"),
         ("(stall + slow-down) / blocking save", f"{found['cost_share']:.1%}"),
+        ("the same for each of these steps", f"{found['step_cost_share']:.1%}"),
     ]
     if late:
         rows.append(("rounds in which writing outlasted the steps", f"{late} of {args.rounds}"))
