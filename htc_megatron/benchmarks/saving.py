@@ -34,8 +34,8 @@ def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, 
     slowdown_s: the n steps beside the writing less the n undisturbed ones. busy_slowdown_s: the same in time that training's own
     thread ran on a processor, which shows what the writing takes from it through caches, memory and the interpreter's lock, but
     not that the two share a core, nor what other programs do.
-    cost_s: stall and slow-down together: what the save took from training. cost_share, stall_share: of the blocking save; step_cost_share: of
-    it, for each of the n steps.
+    cost_s: stall and slow-down together: what the save took from training. cost_share, stall_share: of the blocking save;
+    step_cost_share: of it, for each of the n steps.
     """
     load = os.getloadavg()[0]
     engine = build_engine(config, zero, groups)
