@@ -87,9 +87,7 @@ class Folder:
 
 
 class Runner:
-    """A model that gives logits of text behind a picture."""
-
-    sees = False
+    """A model that gives logits of text, behind a picture if its kind has `image`."""
 
     def __init__(self, model: Any):
         self.model = model.eval()
@@ -108,9 +106,7 @@ class Runner:
 
 
 class HtcRunner(Runner):
-    sees = True
-
-    def image(self, picture):
+    def image(self, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
         config = self.model.config
         inputs = {}
         if config.channels != "discrete":
@@ -121,9 +117,7 @@ class HtcRunner(Runner):
 
 
 class LlavaRunner(Runner):
-    sees = True
-
-    def image(self, picture):
+    def image(self, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
         config = self.model.config
         side = config.vision_config.image_size
         count = (side // config.vision_config.patch_size) ** 2
