@@ -17,7 +17,7 @@ from htc_megatron.training import build
 from htc_megatron.training.step import train_step
 from htc_megatron.weights.convert import to_hf
 from htc_megatron.weights.table import Weight, is_adapter
-from tests.parity_worker import MICROS, MIXED, global_batch, micro_batch, tiny_config
+from tests.parity_worker import MIXED, local_batches, micro_batch, tiny_config
 from tests.stage_worker import replaced
 from tests.test_gradients import in_transformers
 
@@ -61,10 +61,7 @@ def lora_steps(
 
     before, results = values(), []
     for step in range(first, last):
-        share = MICROS // groups.dp_size
-        mine = global_batch(config, step, MIXED)[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-        if not groups.first_stage:
-            mine = [replace(batch, pixel_values=None, codes=None) for batch in mine]
+        mine = local_batches(config, step, MIXED, groups)
         result = train_step(engine, mine, config.optimizer.lr)
         results.append((result.loss, result.grad_norm))
     moved = {entry.name: not torch.equal(*pair) for entry, *pair in zip(entries, before, values(), strict=True)}

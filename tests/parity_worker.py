@@ -73,6 +73,13 @@ def global_batch(config: RunConfig, step: int, kinds: tuple[str, ...]) -> list[M
     return [micro_batch(config, 1000 * step + index, kinds[index % len(kinds)]) for index in range(MICROS)]
 
 
+def local_batches(config: RunConfig, step: int, kinds: tuple[str, ...], groups) -> list[MicroBatch]:
+    """A rank's micro-batches of a step; pixels and codes on the first stage alone."""
+    share = MICROS // groups.dp_size
+    mine = global_batch(config, step, kinds)[groups.dp_rank * share : (groups.dp_rank + 1) * share]
+    return mine if groups.first_stage else [replace(batch, pixel_values=None, codes=None) for batch in mine]
+
+
 MIXED = ("it", "t", "dt", "xi")  # images, several images, and a micro-batch of text alone
 
 
@@ -87,10 +94,7 @@ def run_steps(changes: dict, zero: dict, kinds: tuple[str, ...] = MIXED, steps: 
     engine = build_engine(config, zero, groups)
     results = []
     for step in range(steps):
-        share = MICROS // groups.dp_size
-        mine = global_batch(config, step, kinds)[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-        if not groups.first_stage:
-            mine = [replace(batch, pixel_values=None, codes=None) for batch in mine]
+        mine = local_batches(config, step, kinds, groups)
         result = train_step(engine, mine, config.optimizer.lr)
         results.append((result.loss, result.grad_norm))
     engine.destroy()

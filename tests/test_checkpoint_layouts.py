@@ -1,12 +1,10 @@
 """The real model: saved on one layout, gone on with on another, compared with the run that was never interrupted."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from htc_megatron.checkpoint import CheckpointReader, load, save
-from tests.parity_worker import MICROS, MIXED, global_batch, tiny_config
+from tests.parity_worker import MIXED, local_batches, tiny_config
 
 BEFORE, AFTER = 5, 5  # optimiser steps on either side of the save
 LAYOUTS = {  # name: (ranks, TP, PP, ZeRO stage)
@@ -40,10 +38,7 @@ def train(config, groups, engine, first: int, steps: int) -> list[tuple[float, f
 
     results = []
     for step in range(first, first + steps):
-        share = MICROS // groups.dp_size
-        mine = global_batch(config, step, MIXED)[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-        if not groups.first_stage:
-            mine = [replace(batch, pixel_values=None, codes=None) for batch in mine]
+        mine = local_batches(config, step, MIXED, groups)
         result = train_step(engine, mine, config.optimizer.lr)
         results.append((result.loss, result.grad_norm))
     return results

@@ -103,6 +103,18 @@ def test_verify_tells_what_differs(files, tmp_path):
     assert done.status == 1 and re.search(rf"embed_tokens.weight: 400 rows and {VOCAB}, the first {VOCAB} compared", done.out)
 
 
+def test_a_model_that_lacks_a_layer_is_not_the_same(files, tmp_path):
+    """Every tensor of both is equal, and yet one of them is another model."""
+    shutil.copytree(files / "llama", tmp_path / "short")
+    tensors = load_file(tmp_path / "short" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / "short" / "model.safetensors", {"format": "pt"})
+    for pair in ((files / "hybrid", tmp_path / "short"), (tmp_path / "short", files / "hybrid")):
+        done = tool("convert.py", "verify", *pair, "--no-logits")
+        assert done.status == 1 and "9 of these should be in both" in done.out, done.out
+        assert re.search(r"^backbone +12 +0$", done.out, re.M)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

@@ -322,6 +322,14 @@ BAD = {  # source, what is done to it, what is said
 }
 
 
+def test_features_of_another_layer_than_the_projectors_are_refused(files, tmp_path):
+    """A tower by itself is run to its last layer but one; a LLaVA whose projector was trained on another layer's output differs."""
+    folder = edited(files, tmp_path / "last", "llava", config_with(vision_feature_layer=-1))
+    assert CheckpointReader(imported(tmp_path / "alone", folder)).config.model.vision.num_layers == 3
+    with pytest.raises(ConfigError, match="features are of layer 2, but .*last has them of 3"):
+        imported(tmp_path / "out", folder, files / "clip")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_refused_in_a_sentence(files, tmp_path, name):
     source, change, sentence = BAD[name]

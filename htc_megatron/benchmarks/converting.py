@@ -3,7 +3,6 @@
 Every program starts with its files out of the page cache, and ends with what it wrote on disk.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from htc_megatron.config import BackboneConfig, ConfigError, ModelConfig, VisionConfig
 from htc_megatron.weights.convert import to_hf
+from htc_megatron.weights.export import hf_config
 from htc_megatron.weights.families import LLAMA, VIT
 from htc_megatron.weights.safetensors_stream import Entry, write_files
 from htc_megatron.weights.table import Weight, weights
@@ -59,15 +59,9 @@ def write_synthetic(folder: Path, size: str, seed: int = 0) -> list[Path]:
         (folder / name).mkdir(parents=True)
         entries = [Entry(key, shape, torch.float16) for key, shape in found.items()]
         write_files(folder / name, entries, _random(entries, noise))
-    text = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5, tie_word_embeddings=False)
-    text |= dict(vocab_size=backbone.vocab_size, hidden_size=backbone.hidden_size, intermediate_size=backbone.ffn_hidden_size)
-    text |= dict(num_hidden_layers=backbone.num_layers, num_attention_heads=backbone.num_attention_heads)
-    text |= dict(num_key_value_heads=backbone.num_query_groups, max_position_embeddings=4096, torch_dtype="float16")
-    tower = dict(model_type="clip_vision_model", hidden_act="quick_gelu", image_size=vision.image_size, patch_size=vision.patch_size)
-    tower |= dict(hidden_size=vision.hidden_size, intermediate_size=vision.ffn_hidden_size, num_hidden_layers=vision.num_layers)
-    tower |= dict(num_attention_heads=vision.num_attention_heads)
-    for name, config in (("llama", text), ("clip", tower)):
-        (folder / name / "config.json").write_text(json.dumps(config))
+    settings = hf_config(model)
+    for name, config in (("llama", settings.text_config), ("clip", settings.vision_config)):
+        config.save_pretrained(folder / name)
     return [folder / name for name in shapes]
 
 

@@ -4,6 +4,7 @@ Tensors are compared under the names of our export, one weight in memory at a ti
 token ids and the same picture, by transformers' own class of each family where it has one.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from htc_megatron.model.mgvq import load_mgvq
 from htc_megatron.weights import weights
 from htc_megatron.weights.convert import to_hf
 from htc_megatron.weights.export import VOCO, hf_from_tensors, merged
-from htc_megatron.weights.families import HTC, LLAVA, LLAVA_LLAMA, Recognised, part_named, recognise
+from htc_megatron.weights.families import HTC, LLAVA, LLAVA_LLAMA, Recognised, is_spare, part_named, recognise
 
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 VOCO_ROW = "<voco>"  # our name of the row that images are compressed into, which is compared apart from the embedding
@@ -37,6 +38,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path, self.reader = path, CheckpointReader(path)
         self.model = self.reader.config.model
+        self.tower_layers = self.model.vision.num_layers
         self.read = merged(self.model, self.reader.tensor)
         self.owner = {name: weight for weight in weights(self.model) for name in weight.hf}
         if self.model.backbone.tie_word_embeddings:
@@ -62,7 +64,7 @@ class Checkpoint:
                 raise ConfigError(f"{self.path} has a discrete channel: name the MGVQ file that its codes were made with (--mgvq)")
             frozen = load_mgvq(path, self.model.mgvq, encoder_only=True).state_dict()
         tensors = {name: self.reader.tensor(name).float() for name in self.reader.names}
-        return HtcRunner(hf_from_tensors(self.model, tensors, frozen))
+        return Runner(hf_from_tensors(self.model, tensors, frozen), _htc_image)
 
 
 class Folder:
@@ -71,6 +73,7 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.found = path, recognise(path)
         self.voco_id = self.found.sizes.get("method", {}).get("voco_token_id")
+        self.tower_layers = self.found.sizes.get("vision", {}).get("num_layers", math.inf)
         self.places = dict(self.found.names)
         if self.found.sizes.get("backbone", {}).get("tie_word_embeddings"):
             self.places.setdefault(VOCABULARY[1], self.places[VOCABULARY[0]])
@@ -86,50 +89,45 @@ class Folder:
         return _runner(self.path, self.found)
 
 
-class Runner:
-    """A model that gives logits of text, behind a picture if its kind has `image`."""
+PictureInputs = Callable[[Any, Image.Image], tuple[list[int], dict[str, Tensor]]]
 
-    def __init__(self, model: Any):
-        self.model = model.eval()
+
+class Runner:
+    """A model that gives logits of text; with `image`, which gives the ids and inputs of a picture, also behind one."""
+
+    def __init__(self, model: Any, image: PictureInputs | None = None):
+        self.model, self.image = model.eval(), image
 
     @torch.no_grad()
     def logits(self, before: list[int], after: list[int], picture: Image.Image | None) -> Tensor:
         """[len(before) + len(after), vocabulary], fp32, of the text's rows."""
-        run, inputs = self.image(picture) if picture is not None else ([], {})
+        run, inputs = self.image(self.model.config, picture) if picture is not None else ([], {})
         ids = torch.tensor([before + run + after])
         rows = [i for i in range(ids.shape[1]) if not len(before) <= i < len(before) + len(run)]
         return self.model(input_ids=ids, **inputs).logits[0, rows].float()
 
-    def image(self, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-        """The ids that stand for a picture, and what the model computes it from."""
-        raise NotImplementedError
+
+def _htc_image(config: Any, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+    inputs = {}
+    if config.channels != "discrete":
+        inputs["pixel_values"] = clip_pixels(picture, config.vision_config.image_size)[None]
+    if config.channels != "continuous":
+        inputs["mgvq_pixel_values"] = mgvq_pixels(picture, config.mgvq_config["image_size"])[None]
+    return [config.image_token_id] * config.image_seq_length, inputs
 
 
-class HtcRunner(Runner):
-    def image(self, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-        config = self.model.config
-        inputs = {}
-        if config.channels != "discrete":
-            inputs["pixel_values"] = clip_pixels(picture, config.vision_config.image_size)[None]
-        if config.channels != "continuous":
-            inputs["mgvq_pixel_values"] = mgvq_pixels(picture, config.mgvq_config["image_size"])[None]
-        return [config.image_token_id] * config.image_seq_length, inputs
-
-
-class LlavaRunner(Runner):
-    def image(self, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-        config = self.model.config
-        side = config.vision_config.image_size
-        count = (side // config.vision_config.patch_size) ** 2
-        return [config.image_token_id] * count, {"pixel_values": clip_pixels(picture, side)[None]}
+def _llava_image(config: Any, picture: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+    side = config.vision_config.image_size
+    count = (side // config.vision_config.patch_size) ** 2
+    return [config.image_token_id] * count, {"pixel_values": clip_pixels(picture, side)[None]}
 
 
 def _runner(path: Path, found: Recognised) -> Runner:
     options = dict(dtype=torch.float32, local_files_only=True)
     if found.family is HTC:
-        return HtcRunner(HTCVLMForConditionalGeneration.from_pretrained(path, **options))
+        return Runner(HTCVLMForConditionalGeneration.from_pretrained(path, **options), _htc_image)
     if found.family is LLAVA:
-        return LlavaRunner(LlavaForConditionalGeneration.from_pretrained(path, **options))
+        return Runner(LlavaForConditionalGeneration.from_pretrained(path, **options), _llava_image)
     if found.family is LLAVA_LLAMA:  # transformers has no class of this form: its language model alone
         values = {key: value for key, value in found.config.items() if key not in ("model_type", "architectures")}
         return Runner(LlamaForCausalLM.from_pretrained(path, config=LlamaConfig(**values), **options))
@@ -164,13 +162,19 @@ class Comparison:
     different: dict[str, list[Difference]] = field(default_factory=dict)
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
     rounded: int = 0
     rows: list[str] = field(default_factory=list)
     logits: tuple[float, float, bool] | None = None
 
     def same(self, tolerance: float) -> bool:
-        """No common tensor differs, there are some, and logits agree to `tolerance`."""
-        return bool(self.equal) and not any(self.different.values()) and (self.logits is None or self.logits[0] <= tolerance)
+        """No common tensor differs, there are some, none is lacking, and logits agree to `tolerance`."""
+        return (
+            bool(self.equal)
+            and not self.lacking
+            and not any(self.different.values())
+            and (self.logits is None or self.logits[0] <= tolerance)
+        )
 
 
 def compare_tensors(a: Checkpoint | Folder, b: Checkpoint | Folder, progress: Callable[[Iterable], Iterable] = iter) -> Comparison:
@@ -179,6 +183,9 @@ def compare_tensors(a: Checkpoint | Folder, b: Checkpoint | Folder, progress: Ca
     known = set(b.names)
     found.only_a = [name for name in a.names if name not in known]
     found.only_b = sorted(known - set(a.names))
+    both = {part_named(name) for name in a.names} & {part_named(name) for name in b.names} - {None}
+    layers = min(model.tower_layers for model in (a, b))
+    found.lacking = [n for n in (*found.only_a, *found.only_b) if part_named(n) in both and not is_spare(n, layers)]
     voco = {model.voco_id for model in (a, b)} - {None}
     for name in progress([name for name in a.names if name in known]):
         one, other = a.tensor(name), b.tensor(name)
@@ -263,6 +270,8 @@ def report(found: Comparison, tolerance: float, listed: int = 12) -> Iterator[st
     for title, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         if names:
             yield f"{title}: {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+    if found.lacking:
+        yield f"{len(found.lacking)} of these should be in both: {', '.join(found.lacking[:4])}{', ...' if len(found.lacking) > 4 else ''}"
     different = [difference for group in found.different.values() for difference in group]
     for difference in different[:listed]:
         seen = (

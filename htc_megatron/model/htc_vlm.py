@@ -14,16 +14,7 @@ from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
 from htc_megatron.model.mask import MaskRule
 from htc_megatron.model.naming import is_decayed
 from htc_megatron.parallel.tied import TiedEmbedding
-from htc_megatron.weights.table import is_adapter, padded_vocab_size
-
-# What `training.freeze` may name, and the parameters it means: LoRA's adapters are none of them. The codebook is frozen always.
-COMPONENTS = {
-    "vision": "frontend.vision.",
-    "projector": "frontend.projector.",
-    "anchors": "frontend.anchors.",
-    "voco": "frontend.voco.",
-    "backbone": "backbone.",
-}
+from htc_megatron.weights.table import COMPONENTS, is_adapter, padded_vocab_size
 
 
 class HTCVLM(nn.Module):

@@ -87,7 +87,7 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
         return 3 if part not in frozen else 2 if behind else 1
 
     behind = {"vision", "projector", "anchors", "voco"} - frozen
-    adapters = sum(math.prod(weight.shape) for weight in weights(model) if is_adapter(weight.name))
+    adapters = sum(math.prod(weight.shape) for weight in weights(model) if is_adapter(weight.name)) if model.lora.rank else 0
     return (
         trunk * cost("backbone", bool(behind or adapters))
         + 3 * 2 * adapters * tokens

@@ -19,6 +19,7 @@ from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import SYSTEM_PROMPT, HTCVLMImageProcessor, HTCVLMProcessor, vicuna_template
 from htc_megatron.model.mgvq import load_mgvq
 from htc_megatron.weights.convert import merge_lora, to_hf
+from htc_megatron.weights.families import METHOD_FIELDS, TEXT_FIELDS, VISION_FIELDS
 from htc_megatron.weights.safetensors_stream import Entry, write_files
 from htc_megatron.weights.table import Weight, is_adapter, weights
 from htc_megatron.weights.tokenizer import export_tokenizer
@@ -68,37 +69,21 @@ class Exported:
 def hf_config(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HTCVLMConfig:
     """The export's configuration, without token ids other than the voco's."""
     vision, method = model.vision, model.method
-    clip = CLIPVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.ffn_hidden_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        layer_norm_eps=vision.norm_epsilon,
-        hidden_act="quick_gelu",
-    )
-    names = ("channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees")
+    clip = CLIPVisionConfig(**{theirs: getattr(vision, ours) for ours, theirs in VISION_FIELDS.items()}, hidden_act="quick_gelu")
     return HTCVLMConfig(
         text_config=text_config(model.backbone),
         vision_config=clip,
         mgvq_config={name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.mgvq).items()},
         image_token_id=method.voco_token_id,
         dtype=dtype,
-        **{name: getattr(method, name) for name in names},
+        **{name: getattr(method, name) for name in METHOD_FIELDS},
     )
 
 
 def text_config(backbone: BackboneConfig) -> LlamaConfig | Qwen2Config:
+    """The backbone's configuration in transformers, untied and without token ids."""
     common: dict[str, Any] = dict(
-        vocab_size=backbone.vocab_size,
-        hidden_size=backbone.hidden_size,
-        intermediate_size=backbone.ffn_hidden_size,
-        num_hidden_layers=backbone.num_layers,
-        num_attention_heads=backbone.num_attention_heads,
-        num_key_value_heads=backbone.num_query_groups,
-        rms_norm_eps=backbone.norm_epsilon,
-        max_position_embeddings=backbone.max_position_embeddings,
+        **{theirs: getattr(backbone, ours) for ours, theirs in TEXT_FIELDS.items()},
         rope_parameters={"rope_type": "default", "rope_theta": backbone.rotary_base},
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from htc_megatron.config import ConfigError, ModelConfig
-from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.weights.convert import to_hf
 from htc_megatron.weights.export import EMBEDDING, Exported, Reader, base_weights, check_export, merged, new_folder, text_config
 from htc_megatron.weights.families import LLAMA, QWEN2
 from htc_megatron.weights.safetensors_stream import Entry, write_files
 from htc_megatron.weights.table import Weight
-from htc_megatron.weights.tokenizer import convert_sentencepiece, load_folder
+from htc_megatron.weights.tokenizer import open_tokenizer
 
 
 def export_backbone(
@@ -67,13 +66,10 @@ def vocabulary(model: ModelConfig) -> int:
     return size - 1 if voco == size - 1 else size
 
 
-def _words(path: str | Path, rows: int):
+def _words(path: str | Path, rows: int) -> PreTrainedTokenizerFast | None:
     if not str(path):
         return None
-    if not Path(path).exists():
-        raise ConfigError(f"tokenizer {path} does not exist; name another with --tokenizer")
-    load_tokenizer(path)
-    words = load_folder(Path(path)) if Path(path).is_dir() else convert_sentencepiece(path)
-    if len(words) > rows + 1:
+    words = open_tokenizer(path)
+    if len(words) > rows + 1:  # a tokenizer may name <voco>, whose row is left out
         raise ConfigError(f"tokenizer {path} has {len(words)} tokens, but the backbone's vocabulary ends at {rows}")
     return words

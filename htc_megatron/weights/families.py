@@ -5,6 +5,7 @@ that turn a name of its files into the export's, first match wins, and back for 
 LLaMA-like family is another row of FAMILIES.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from htc_megatron.config import ConfigError, LoraTarget
 from htc_megatron.weights.sources import Source, open_source, read_json
+from htc_megatron.weights.table import ADAPTER
 
 LLM, HEAD, VIT, PROJECTOR = "model.language_model.", "lm_head.", "model.vision_tower.", "model.projector."
 PARTS = {  # what a source may bring, by the prefix of its tensors in the export
@@ -23,7 +25,31 @@ PARTS = {  # what a source may bring, by the prefix of its tensors in the export
     "anchors": ("model.anchors.",),
     "mgvq": ("model.mgvq.",),
 }
-ADAPTER, PEFT_PREFIX = "adapter", "base_model.model."
+PEFT_PREFIX, CODEBOOK = "base_model.model.", "model.mgvq.quantize.embedding.weight"
+_TOWER_LAYER = re.compile(re.escape(VIT) + r"encoder\.layers\.(\d+)\.")
+# Values of our configuration by transformers' names; what is no mere name stands in _text and export.text_config.
+TEXT_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "norm_epsilon": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "norm_epsilon": "layer_norm_eps",
+}
+METHOD_FIELDS = (  # named alike in MethodConfig and HTCVLMConfig
+    "channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees",
+)  # fmt: skip
 Sizes = dict[str, dict[str, Any]]  # values of ModelConfig's sections, as far as a source knows them
 
 
@@ -80,6 +106,12 @@ def part_named(name: str) -> str | None:
     return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
 
 
+def is_spare(name: str, tower_layers: float) -> bool:
+    """Whether a model may be without a tensor: a layer of the tower behind those that are run, or MGVQ's beside its codebook."""
+    layer = _TOWER_LAYER.match(name)
+    return (name.startswith("model.mgvq.") and name != CODEBOOK) or (layer is not None and int(layer[1]) >= tower_layers)
+
+
 def _refuse(path: Path, key: str, seen: Any, wanted: str) -> None:
     raise ConfigError(f"{path}: {key} is {seen!r}, wanted {wanted}")
 
@@ -98,17 +130,9 @@ def _text(path: Path, text: PreTrainedConfig) -> dict[str, Any]:
     rope = text.rope_parameters
     if rope.get("rope_type", "default") != "default":
         _refuse(path, "rope_type", rope["rope_type"], "default: scaled rotary embeddings are not implemented")
-    return dict(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=heads,
-        num_query_groups=text.num_key_value_heads,
-        vocab_size=text.vocab_size,
+    return {ours: getattr(text, theirs) for ours, theirs in TEXT_FIELDS.items()} | dict(
         rotary_base=float(rope["rope_theta"]),
-        norm_epsilon=text.rms_norm_eps,
         qkv_bias=text.model_type == "qwen2",
-        max_position_embeddings=text.max_position_embeddings,
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
 
@@ -122,15 +146,7 @@ def _vision(path: Path, vision: CLIPVisionConfig, select_layer: int = -2) -> dic
     layers = select_layer if select_layer >= 0 else vision.num_hidden_layers + 1 + select_layer
     if not 0 < layers <= vision.num_hidden_layers:
         _refuse(path, "vision_feature_layer", select_layer, f"one that is the output of one of {vision.num_hidden_layers} layers")
-    return dict(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.intermediate_size,
-        num_layers=layers,
-        num_attention_heads=vision.num_attention_heads,
-        norm_epsilon=vision.layer_norm_eps,
-    )
+    return {ours: getattr(vision, theirs) for ours, theirs in VISION_FIELDS.items()} | {"num_layers": layers}
 
 
 def _read(path: Path, config: dict[str, Any], kind: str | None = None) -> PreTrainedConfig:
@@ -176,9 +192,8 @@ def _llava_llama_sizes(path: Path, config: dict[str, Any]) -> Sizes:
 
 
 def _htc_sizes(path: Path, config: dict[str, Any]) -> Sizes:
-    names = ("channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees")
     text, vision = config["text_config"], config["vision_config"]
-    sizes: Sizes = {"backbone": _text(path, _read(path, text)), "method": {name: config[name] for name in names}}
+    sizes: Sizes = {"backbone": _text(path, _read(path, text)), "method": {name: config[name] for name in METHOD_FIELDS}}
     sizes["method"]["voco_token_id"] = config["image_token_id"]
     if config["channels"] != "discrete":
         sizes["vision"] = _vision(path, _read(path, vision), -1)

@@ -9,7 +9,6 @@ Each part (backbone, vision tower, projector, MGVQ's codebook) comes from the la
 at a time.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,24 +25,14 @@ from htc_megatron.model.initialisation import initial_value
 from htc_megatron.model.mgvq import load_codebook, read_mgvq_config
 from htc_megatron.weights.convert import from_hf
 from htc_megatron.weights.export import EMBEDDING, VOCO
-from htc_megatron.weights.families import ADAPTER, MGVQ, VIT, Recognised, Sizes, part_named, recognise
+from htc_megatron.weights.families import MGVQ, Recognised, Sizes, is_spare, part_named, recognise
 from htc_megatron.weights.new_parts import anchors_at_mean, grown, voco_row
-from htc_megatron.weights.table import Weight, is_adapter, weights
+from htc_megatron.weights.table import ADAPTER, Weight, component, weights
 
 OUTPUT = "backbone.output_layer.weight"
 EMBEDDING_NAME, OUTPUT_NAME = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ANCHORS_OUT = "frontend.anchors.fc2."
 NEW_BY_NATURE = ("projector", "anchors", "voco", ADAPTER)  # what the method adds to a language model and a tower
-PREFIXES = {"frontend.vision.": "vision", "frontend.projector.": "projector", "frontend.anchors.": "anchors", "frontend.voco.": "voco"}
-PREFIXES |= {"frontend.codebook.": "codebook", "backbone.": "backbone"}
-_TOWER_LAYER = re.compile(re.escape(VIT) + r"encoder\.layers\.(\d+)\.")
-
-
-def part_of(weight: Weight) -> str:
-    """The part of the model that a weight belongs to."""
-    if is_adapter(weight.name):
-        return ADAPTER
-    return next(part for prefix, part in PREFIXES.items() if weight.name.startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Plan:
             yield weight.name, self._tensor(weight)
 
     def _tensor(self, weight: Weight) -> Tensor:
-        model, part = self.config.model, part_of(weight)
+        model, part = self.config.model, component(weight.name)
         if weight.name == VOCO:
             return self._voco()
         if part == "codebook" and "mgvq" not in self.sources:
@@ -139,6 +128,7 @@ def plan_import(
     taken = _vocabulary(tree, sources.get("backbone"), words, voco_token_id)
     model = TypeAdapter(ModelConfig).validate_python(tree)
     check_model(model)
+    _check_features(model, sources)
     freeze = base.training.freeze
     if model.lora.rank and "backbone" not in freeze:  # as every run with adapters must
         freeze = (*freeze, "backbone")
@@ -193,7 +183,7 @@ def _vocabulary(tree: dict, backbone: Recognised | None, words: Tokenizer | None
 
 def _origins(config: RunConfig, sources: dict[str, Recognised], draw: Iterable[str], new: str, taken: bool) -> dict[str, str]:
     """Where each part comes from. Refuses parts that nobody brings and that are not new by nature."""
-    wanted = list(dict.fromkeys(part_of(weight) for weight in weights(config.model)))
+    wanted = list(dict.fromkeys(component(weight.name) for weight in weights(config.model)))
     found: dict[str, str] = {}
     for part in wanted:
         if part == "codebook" and (config.mgvq_checkpoint or "mgvq" in sources):
@@ -213,13 +203,21 @@ def _origins(config: RunConfig, sources: dict[str, Recognised], draw: Iterable[s
     return found
 
 
+def _check_features(model: ModelConfig, sources: dict[str, Recognised]) -> None:
+    """Refuse a tower whose features are of another layer than those that the projector was trained on."""
+    projector = sources.get("projector")
+    wanted = projector.sizes.get("vision", {}).get("num_layers") if projector is not None else None
+    if wanted is not None and wanted != model.vision.num_layers:
+        raise ConfigError(f"the tower's features are of layer {model.vision.num_layers}, but {projector.source.path} has them of {wanted}")
+
+
 def _check_names(config: RunConfig, sources: dict[str, Recognised], files: list[Recognised]) -> None:
     """Every tensor that is needed is there, of its shape but for the vocabulary's rows, and none is left over unused."""
     model, faults = config.model, []
     wanted = weights(model)
     names = {name for weight in wanted for name in weight.hf}
     for weight in wanted:
-        found = sources.get("mgvq" if part_of(weight) == "codebook" else part_of(weight))
+        found = sources.get("mgvq" if component(weight.name) == "codebook" else component(weight.name))
         if found is None or weight.name == VOCO:
             continue
         if missing := [name for name in weight.hf if name not in found.names]:
@@ -237,9 +235,8 @@ def _check_names(config: RunConfig, sources: dict[str, Recognised], files: list[
             continue
         for name in found.names:
             part = part_named(name)
-            layer = _TOWER_LAYER.match(name)
-            spare = part == "mgvq" or (layer is not None and int(layer[1]) >= model.vision.num_layers)
-            unused = sources.get(part) is not found or part not in {part_of(w) for w in wanted}
+            spare = is_spare(name, model.vision.num_layers)
+            unused = sources.get(part) is not found or part not in {component(w.name) for w in wanted}
             spare = spare or (name == OUTPUT_NAME and model.backbone.tie_word_embeddings and _is_tied(found))
             if name not in names and not spare and not (unused and part is not None):
                 faults.append(f"{found.source.path} has {found.names[name]}, which no weight of the model is made from")

@@ -79,6 +79,19 @@ LINEARS = {
 }
 
 
+# The parts of a model, by the beginnings of their weights' names; LoRA's adapters are none of the backbone. All but the codebook,
+# which is frozen always, may be named in `training.freeze`.
+COMPONENTS = {
+    "vision": "frontend.vision.",
+    "projector": "frontend.projector.",
+    "anchors": "frontend.anchors.",
+    "voco": "frontend.voco.",
+    "codebook": "frontend.codebook.",
+    "backbone": "backbone.",
+}
+ADAPTER = "adapter"
+
+
 @dataclass(frozen=True)
 class Weight:
     """One weight of a model.
@@ -221,3 +234,8 @@ def weights(model: ModelConfig) -> list[Weight]:
 def is_adapter(name: str) -> bool:
     """Whether a weight of this name is a part of a LoRA adapter."""
     return name.endswith((".lora_A", ".lora_B"))
+
+
+def component(name: str) -> str:
+    """The part of a model that a weight of this name belongs to: one of COMPONENTS, or `adapter`."""
+    return ADAPTER if is_adapter(name) else next(part for part, prefix in COMPONENTS.items() if name.startswith(prefix))

@@ -104,12 +104,17 @@ def load_folder(path: Path) -> PreTrainedTokenizerFast:
     return plain
 
 
-def export_tokenizer(path: str | Path, voco_token_id: int, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer at `path` with `<voco>` at its id, padding on the left. Raises ConfigError where the ids do not fit the model."""
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """A sentencepiece model or a folder in transformers' self-contained form. Raises ConfigError where there is neither."""
     path = Path(path)
     if str(path) in ("", ".") or not path.exists():
         raise ConfigError(f"tokenizer {str(path)!r} does not exist; wanted a sentencepiece .model file or a transformers tokenizer folder")
-    tokenizer = load_folder(path) if path.is_dir() else convert_sentencepiece(path)
+    return load_folder(path) if path.is_dir() else convert_sentencepiece(path)
+
+
+def export_tokenizer(path: str | Path, voco_token_id: int, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer at `path` with `<voco>` at its id, padding on the left. Raises ConfigError where the ids do not fit the model."""
+    tokenizer = open_tokenizer(path)
     if VOCO_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [VOCO_TOKEN]})
     seen = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
