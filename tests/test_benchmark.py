@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from htc_megatron.benchmarks.converting import measure_converting, write_synthetic
+from htc_megatron.benchmarks.convert import measure_converting, write_synthetic
 from htc_megatron.benchmarks.workload import num_parameters, random_batch, sized_model, workload_config
 from htc_megatron.config import ConfigError
 from htc_megatron.config_io import check, load_zero
@@ -33,7 +33,7 @@ def test_a_size_out_of_reach_is_refused():
 
 
 def measure_job(folder: Path, rounds: int) -> dict:
-    from htc_megatron.benchmarks.saving import measure_saving
+    from htc_megatron.benchmarks.save import measure_saving
     from htc_megatron.parallel import groups as process_groups
 
     config = tiny_config(training__micro_batch_size=1, training__global_batch_size=2)

@@ -1,6 +1,5 @@
-"""What things cost, measured: tools/benchmark.py prints what these functions return.
+"""What things cost, measured: one file a command of tools/benchmark.py, each with `add_arguments(parser)` and `run(args, say)`.
 
-workload.py    a model of a wanted size and batches for it
-saving.py      what a checkpoint costs training, written in a thread and not
-converting.py  import and export beside cp of the same bytes
+result.py    what a command returns: the table, the ratios, the figures; and what every one says of the machine
+workload.py  a model of a wanted size and batches for it
 """

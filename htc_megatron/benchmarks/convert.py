@@ -3,6 +3,7 @@
 Every program starts with its files out of the page cache, and ends with what it wrote on disk.
 """
 
+import argparse
 import os
 import shutil
 import statistics
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htc_megatron.benchmarks.result import Result, Say
 from htc_megatron.config import BackboneConfig, ConfigError, ModelConfig, VisionConfig
 from htc_megatron.weights.convert import to_hf
 from htc_megatron.weights.export import hf_config
@@ -78,7 +80,7 @@ def _random(entries: list[Entry], noise: Tensor) -> Iterator[tuple[str, Tensor]]
         yield entry.name, noise.repeat(repeats)[start : start + count].view(entry.shape)
 
 
-def measure_converting(convert: Path, folder: Path, size: str, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_converting(convert: Path, folder: Path, size: str, rounds: int, say: Say) -> dict[str, Any]:
     """Medians over `rounds` of seconds and peak memory of import, export and `cp`. convert: the tool. folder: new, removed at the end."""
     folder.mkdir(parents=True)
     try:
@@ -163,3 +165,20 @@ def _forget(folder: Path) -> None:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--size", choices=("7b", "1b", "tiny"), default="7b", help="of the synthetic LLaMA (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=3, help="seconds are medians over them (default: %(default)s)")
+    command.add_argument("--folder", type=Path, help="where files are written and removed again, four times the model (default: TMPDIR)")
+
+
+def run(args: argparse.Namespace, say: Say) -> Result:
+    """The figures of `measure_converting`, by the convert.py that stands beside the tool. Raises ConfigError."""
+    folder = (args.folder or Path(tempfile.gettempdir())) / f"benchmark_convert_{os.getpid()}"
+    found = measure_converting(Path(sys.argv[0]).resolve().with_name("convert.py"), folder, args.size, args.rounds, say)
+    rows = [("synthetic files", f"{found['source_bytes'] / 2**30:.2f} GiB")]
+    for name, seconds in found["seconds"].items():
+        peak = found["peak_resident_bytes"][name]
+        rows.append((name, f"{seconds:.1f} s, {peak / 2**30:.2f} GiB resident at most"))
+    return Result(rows, {name: found[name] for name in ("import_over_cp", "export_over_cp")}, found)

@@ -1,8 +1,10 @@
 """What a checkpoint costs training: written while training waits, and in a thread beside it."""
 
+import argparse
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from htc_megatron.benchmarks.workload import num_parameters, random_batch
+from htc_megatron.benchmarks.result import Result, Say
+from htc_megatron.benchmarks.workload import num_parameters, random_batch, workload_config
 from htc_megatron.checkpoint import CheckpointReader, HostBuffers, save, save_async
 from htc_megatron.checkpoint.rng import rng_state
 from htc_megatron.config import RunConfig
+from htc_megatron.config_io import check, load_zero
+from htc_megatron.parallel import groups as process_groups
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.training.build import build_engine, checkpoint_state
 from htc_megatron.training.step import train_step
@@ -23,7 +28,7 @@ from htc_megatron.training.step import train_step
 KEYS = ("stall_s", "write_s", "blocking_s", "slowdown_s", "busy_slowdown_s", "cost_s")
 
 
-def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, rounds: int, say: Say) -> dict[str, Any]:
     """Called by every rank. `folder` is made for the checkpoints and removed.
 
     A round is: n undisturbed steps; a save in a thread and n steps beside it, n enough to outlast the writing; a blocking save.
@@ -106,3 +111,48 @@ def measure_saving(config: RunConfig, zero: dict, groups: Groups, folder: Path, 
         "step_cost_share": found["cost_s"] / count / found["blocking_s"],
         "rounds": figures,
     }
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--parameters", type=float, default=200e6, help="of the model, about (default: %(default)g)")
+    command.add_argument("--tp", type=int, default=1)
+    command.add_argument("--pp", type=int, default=1)
+    command.add_argument("--zero", default="zero1.json", help="DeepSpeed JSON (default: %(default)s)")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument("--seq-length", type=int, default=128, help="tokens of a row (default: %(default)s)")
+    command.add_argument("--micro-batches", type=int, default=1, help="of one row, on each data-parallel rank (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=5, help="figures are medians over them (default: %(default)s)")
+    command.add_argument("--folder", type=Path, help="where checkpoints are written and removed again; all ranks see it (default: TMPDIR)")
+
+
+def run(args: argparse.Namespace, say: Say) -> Result:
+    """The figures of `measure_saving` for the model and layout asked for. Raises ConfigError."""
+    world = process_groups.launched_world_size()
+    shape = (args.tp, args.pp, max(1, world // (args.tp * args.pp)))
+    config = workload_config(args.parameters, *shape, args.zero, args.precision, args.seq_length, args.micro_batches)
+    check(config, world)
+    folder = (args.folder or Path(tempfile.gettempdir())) / f"benchmark_save_{os.environ.get('MASTER_PORT', os.getpid())}"
+    groups = process_groups.initialise(config.parallel, config.training.seed)
+    try:
+        found = measure_saving(config, load_zero(args.zero), groups, folder, args.rounds, say)
+    finally:
+        process_groups.destroy()
+    late = sum(not one["outlasted"] for one in found["rounds"])
+    rows = [
+        ("parameters", f"{found['parameters']:,}"),
+        ("checkpoint", f"{found['checkpoint_bytes'] / 2**20:.0f} MiB"),
+        ("ranks x threads, cores", f"{found['ranks']} x {found['threads']}, {found['cpus']}"),
+        ("load average before", f"{found['load']:.1f}"),
+        ("training step", f"{found['step_s']:.3f} s"),
+        ("blocking save", f"{found['blocking_s']:.3f} s"),
+        ("save in a thread: stall", f"{found['stall_s']:.3f} s"),
+        ("save in a thread: writing", f"{found['write_s']:.3f} s"),
+        (f"slow-down of the {found['steps_a_round']} steps beside it", f"{found['slowdown_s']:.3f} s"),
+        ("the same in processor time of training's thread", f"{found['busy_slowdown_s']:.3f} s"),
+        ("stall / blocking save", f"{found['stall_share']:.1%}"),
+        ("(stall + slow-down) / blocking save", f"{found['cost_share']:.1%}"),
+        ("the same for each of these steps", f"{found['step_cost_share']:.1%}"),
+    ]
+    if late:
+        rows.append(("rounds in which writing outlasted the steps", f"{late} of {args.rounds}"))
+    return Result(rows, {name: found[name] for name in ("stall_share", "cost_share", "step_cost_share")}, found)
