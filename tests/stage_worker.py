@@ -80,7 +80,7 @@ def text_logits(changes: dict, zero_json: dict, cut: bool) -> list[tuple[float, 
             return output, lambda logits: (logits.sum(), torch.tensor(1, dtype=torch.int), logits)
 
         with replaced(htc_vlm.LayoutParams, "from_layout", hidden):
-            return engine.evaluate(step, iter([one]), 1, (batch.layout.rows, batch.layout.seq_length))
+            return engine.evaluate(step, iter([one]), 1, engine.module.shape_between_stages(batch.layout))
 
     pixels, codes = batch.pixel_values.clone(), batch.codes.clone()
     pixels[0, 1, 3, 2] += 1.0

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from htc_megatron.model.attention import dense_attention, plan_attention, split_attention
 from htc_megatron.model.layout import ImageShape, SequenceLayout
-from htc_megatron.model.mask import MaskRule, dense_mask
+from htc_megatron.model.mask import PADDING, MaskRule, dense_mask, token_kinds
+from htc_megatron.model.rows import RowOrder
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 RULES = [
@@ -41,6 +42,20 @@ def build(rows: list[list[list[int]]], image: ImageShape, padding: int = 3) -> S
     return SequenceLayout(len(rows), longest + padding, as_tensor(samples, 3), as_tensor(images, 2), image)
 
 
+def split_of_places(query, key, value, layout: SequenceLayout, rule: MaskRule) -> torch.Tensor:
+    """Split attention of [s, b, heads, d] tensors: [s, b, heads * d], zeros at padding."""
+    order = RowOrder.of(layout)
+    plan = plan_attention(layout, rule, order)
+    rows = [x.transpose(0, 1).flatten(0, 1)[order.places.clamp_min(0)] for x in (query, key, value)]
+    query = rows[0][: order.language] if plan.own_image_only else rows[0]
+    zones = [x.split([order.language, order.visual]) for x in rows[1:]]
+    out = torch.cat(split_attention(query, *zones, plan, query.shape[-1] ** -0.5))
+    if not plan.text_sees_images:
+        text, nothing = split_attention(query[: order.language], *zones, plan, query.shape[-1] ** -0.5, images=False)
+        assert nothing is None and torch.equal(text, out[: order.num_text])
+    return order.at_places(out).unflatten(0, (layout.rows, layout.seq_length)).flatten(2).transpose(0, 1)
+
+
 def compare(layout: SequenceLayout, rule: MaskRule, heads: int = 4, groups: int = 2, d: int = 8, seed: int = 0) -> None:
     for dtype in TOLERANCE:
         compare_in(dtype, layout, rule, heads, groups, d, seed)
@@ -51,9 +66,10 @@ def compare_in(dtype: torch.dtype, layout: SequenceLayout, rule: MaskRule, heads
     shape = (layout.seq_length, layout.rows)
     leaves = [torch.randn(*shape, n, d, generator=generator, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)]
     weight = torch.randn(*shape, heads * d, generator=generator, dtype=dtype)
-    split = split_attention(*leaves, plan_attention(layout, rule), d**-0.5)
+    split = split_of_places(*leaves, layout, rule)
     split_grads = torch.autograd.grad((split * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
-    dense = dense_attention(*leaves, dense_mask(layout, rule), d**-0.5)
+    dense = dense_attention(*(x.transpose(0, 1) for x in leaves), dense_mask(layout, rule), d**-0.5).flatten(2).transpose(0, 1)
+    dense = dense * (token_kinds(layout)[0] != PADDING).T[..., None]  # nothing is computed at padding
     dense_grads = torch.autograd.grad((dense * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(split, dense, atol=TOLERANCE[dtype], rtol=0)
     for ours, theirs in zip(split_grads, dense_grads, strict=True):

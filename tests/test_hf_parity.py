@@ -56,7 +56,7 @@ def trained_logits(changes: dict, zero: dict, folder):
     def forward_step(batches, model):
         return model(next(batches), logits=True), lambda logits: (logits.sum(), torch.tensor(1, dtype=torch.int), logits)
 
-    found = engine.evaluate(forward_step, iter([mine]), 1, (batch.layout.rows, batch.layout.seq_length))
+    found = engine.evaluate(forward_step, iter([mine]), 1, engine.module.shape_between_stages(batch.layout))
     engine.destroy()
     return found[0] if groups.last_stage else None
 

@@ -55,7 +55,7 @@ def tied_gradients(changes: dict, zero_json: dict):
     groups = process_groups.initialise(config.parallel, 0)
     engine = build_engine(config, zero_json, groups)
     batches = global_batch(config, 0, ("t",))
-    engine.train(_forward_step(1.0), iter(batches), MICROS, (batches[0].layout.rows, batches[0].layout.seq_length))
+    engine.train(_forward_step(1.0), iter(batches), MICROS, engine.module.shape_between_stages(batches[0].layout))
     if not groups.first_stage:
         engine.destroy()
         return None

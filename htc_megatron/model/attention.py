@@ -4,11 +4,14 @@ With a sample's text W (its prefix included), images V_i and vocos Z_i the mask 
   - V rows under `star`: softmax over their own key alone, so the output is their own value (plus a visible prefix, if any);
   - Z rows: K rows over the N + K keys of their image (plus a visible prefix);
   - causal segments: text over the text and voco tokens of its sample, whole images under `full`, whole samples under `none`.
-Segments of different lengths are padded on the right; causality alone keeps the padding out, so each part is one
+Segments of like length are padded on the right to one length; causality alone keeps the padding out, so each part is one
 fused SDPA call without a mask (Z rows use a [K, N + K] one where K > 1).
+
+Everything is in the order of model/rows.py. Under `star` without a visible prefix V rows ask nothing: they need no query at
+all, and their keys lie side by side as the Z rows want them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +20,25 @@ from torch import Tensor, nn
 
 from htc_megatron.model.layout import SequenceLayout
 from htc_megatron.model.mask import PADDING, TEXT, MaskRule, dense_mask, token_kinds
+from htc_megatron.model.rows import RowOrder
+
+SHORTEST = 64  # segments are padded to at most the next power of two, and to this at least
 
 
 @dataclass
 class CausalSegments:
-    """Right-padded runs of places that are causal in themselves.
+    """Right-padded runs of rows that are causal in themselves.
 
-    places: [segments, length] int64. source, target: [rows] int64; result row `source` (in segments x length) belongs to place `target`.
+    rows: [segments, length] int64, 0 where there is padding. real: [m] int64, which of these, flat, are no padding.
+    source, target: [r] int64; result `source` (of the flat ones) belongs to row `target`.
+    repeats: whether a row may occur in several of them.
     """
 
-    places: Tensor
+    rows: Tensor
+    real: Tensor
     source: Tensor
     target: Tensor
+    repeats: bool = False
 
 
 @dataclass
@@ -46,20 +56,34 @@ class ImageRows:
 
 @dataclass
 class AttentionPlan:
-    """What the split does for one micro-batch: index tensors only. Places count column-major: column * rows + row."""
+    """What the split does for one micro-batch: index tensors only.
 
-    segments: list[CausalSegments] = field(default_factory=list)
+    text: segments that give every text row (and all else, where the mask is plain causal). image_segments, image_rows: V and Z.
+    text_sees_images: whether text reads V_hy; if not, `text` indexes the language zone alone, and `text_order`, where it is not
+    None, puts its results in the zone's order.
+    own_image_only: V_hy sees only itself and Z_i only image i, so V rows have no queries and nothing is listed for V and Z.
+    """
+
+    order: RowOrder
+    text: list[CausalSegments] = field(default_factory=list)
+    image_segments: list[CausalSegments] = field(default_factory=list)
     image_rows: list[ImageRows] = field(default_factory=list)
+    text_sees_images: bool = False
+    own_image_only: bool = False
+    text_order: Tensor | None = None
+    voco_mask: Tensor | None = None  # [K, N + K] bool where K > 1
 
     def to(self, device: torch.device) -> "AttentionPlan":
-        def move(part):
-            return type(part)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(part).items()})
+        def move(value):
+            if isinstance(value, list):
+                return [type(part)(**{k: move(v) for k, v in vars(part).items()}) for part in value]
+            return value.to(device) if isinstance(value, Tensor) else value
 
-        return AttentionPlan([move(s) for s in self.segments], [move(r) for r in self.image_rows])
+        return replace(self, **{name: move(value) for name, value in vars(self).items() if name != "order"})
 
 
 def _pad(runs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Runs of places -> right-padded [runs, longest] and the bool mask of what is real."""
+    """Runs of rows -> right-padded [runs, longest] and the bool mask of what is real."""
     lengths = torch.tensor([len(run) for run in runs])
     real = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     padded = torch.zeros(real.shape, dtype=torch.int64)
@@ -67,16 +91,24 @@ def _pad(runs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, real
 
 
-def _causal(runs: list[Tensor], wanted: Tensor) -> CausalSegments:
-    """Segments whose results are used at the places marked in `wanted` [places] bool."""
-    places, real = _pad(runs)
-    used = real & wanted[places]
-    return CausalSegments(places, used.reshape(-1).nonzero().squeeze(-1), places[used])
+def _causal(runs: list[Tensor], wanted: Tensor) -> list[CausalSegments]:
+    """Segments whose results are used at the rows marked in `wanted` [rows] bool; runs of like length together."""
+    classes: dict[int, list[Tensor]] = {}
+    for run in runs:
+        classes.setdefault((max(len(run), SHORTEST) - 1).bit_length(), []).append(run)
+    found = []
+    for _, members in sorted(classes.items()):
+        rows, real = _pad(members)
+        used = real & wanted[rows]
+        source, mine = (mask.reshape(-1).nonzero().squeeze(-1) for mask in (used, real))
+        found.append(CausalSegments(rows, mine, source, rows[used]))
+    return found
 
 
-def plan_attention(layout: SequenceLayout, rule: MaskRule) -> AttentionPlan:
+def plan_attention(layout: SequenceLayout, rule: MaskRule, order: RowOrder | None = None) -> AttentionPlan:
     """The split of `dense_mask(layout, rule)` into fused calls."""
-    kind, sample, image, first_voco = (t.reshape(-1) for t in token_kinds(layout))
+    order = RowOrder.of(layout) if order is None else order
+    kind, _, image, first_voco = (t.reshape(-1) for t in token_kinds(layout))
     num_visual, num_voco = layout.image.num_visual, layout.image.num_voco
     is_text, is_language = kind == TEXT, (kind != PADDING) & (image < 0)
     compressed = rule.mask != "none"
@@ -99,89 +131,219 @@ def plan_attention(layout: SequenceLayout, rule: MaskRule) -> AttentionPlan:
         prefixes.append(before[language[before]] if rule.image_sees == "prefix" else before[:0])
     images = list(layout.image_places)
 
-    plan = AttentionPlan()
-    if rule.mask == "none" and rule.image_sees == "prefix":
-        if whole:
-            plan.segments.append(_causal(whole, torch.ones_like(is_text)))
-    else:
-        if text_runs:
-            plan.segments.append(_causal(text_runs, is_text))
-        if images and rule.mask == "star":
-            plan.image_rows += _star_rows(layout, prefixes, num_visual, num_voco)
-        elif images:
-            runs = [torch.cat([prefix, own]) for prefix, own in zip(prefixes, images, strict=True)]
-            own = torch.zeros_like(is_text)
-            own[layout.image_places] = True
-            plan.segments += [_causal_of_image(runs, layout.image.length)]
+    row_of = order.row_of
 
-    turn = _column_major(layout)
-    for segments in plan.segments:
-        segments.places, segments.target = turn[segments.places], turn[segments.target]
-    for rows in plan.image_rows:
-        rows.queries, rows.keys = turn[rows.queries], turn[rows.keys]
+    def segments_of(runs: list[Tensor], wanted: Tensor) -> list[CausalSegments]:
+        at_rows = torch.zeros(len(order.places), dtype=torch.bool)
+        at_rows[row_of[wanted.nonzero().squeeze(-1)]] = True
+        return _causal([row_of[run] for run in runs], at_rows)
+
+    plan = AttentionPlan(order, text_sees_images=not compressed)
+    if rule.mask == "none" and rule.image_sees == "prefix":
+        plan.text = segments_of(whole, kind != PADDING) if whole else []
+        return plan
+    plan.text = segments_of(text_runs, is_text) if text_runs else []
+    if len(plan.text) > 1:
+        plan.text_order = torch.cat([part.target for part in plan.text]).argsort()
+    if rule.mask == "star" and rule.image_sees == "own":
+        plan.own_image_only = True
+        plan.voco_mask = _inside(num_visual, num_voco) if num_voco > 1 else None
+    elif images and rule.mask == "star":
+        plan.image_rows += _star_rows(layout, prefixes)
+        for rows in plan.image_rows:
+            rows.queries, rows.keys = row_of[rows.queries], row_of[rows.keys]
+    elif images:
+        runs = [torch.cat([prefix, own]) for prefix, own in zip(prefixes, images, strict=True)]
+        plan.image_segments = _causal_of_images([row_of[run] for run in runs], layout.image.length)
     return plan
 
 
-def _causal_of_image(runs: list[Tensor], length: int) -> CausalSegments:
+def _causal_of_images(runs: list[Tensor], length: int) -> list[CausalSegments]:
     """Segments [prefix; V_i; Z_i] of which the last `length` rows are used."""
-    places, real = _pad(runs)
-    column, size = torch.arange(places.shape[1])[None], real.sum(1, keepdim=True)
-    used = real & (column >= size - length)
-    return CausalSegments(places, used.reshape(-1).nonzero().squeeze(-1), places[used])
+    found = []
+    for part in _causal(runs, torch.ones(max(int(run.max()) for run in runs) + 1, dtype=torch.bool)):
+        size = torch.zeros(part.rows.numel(), dtype=torch.int64)
+        size[part.real] = 1
+        size = size.view(part.rows.shape).sum(1, keepdim=True)
+        column = torch.arange(part.rows.shape[1])[None]
+        used = (column < size) & (column >= size - length)
+        found.append(CausalSegments(part.rows, part.real, used.reshape(-1).nonzero().squeeze(-1), part.rows[used], repeats=True))
+    return found
 
 
-def _star_rows(layout: SequenceLayout, prefixes: list[Tensor], num_visual: int, num_voco: int) -> list[ImageRows]:
-    inside = torch.ones(num_voco, num_visual + num_voco, dtype=torch.bool).tril(num_visual)
+def _inside(num_visual: int, num_voco: int) -> Tensor:
+    """What K voco rows see of their image. [K, N + K] bool."""
+    return torch.ones(num_voco, num_visual + num_voco, dtype=torch.bool).tril(num_visual)
+
+
+def _star_rows(layout: SequenceLayout, prefixes: list[Tensor]) -> list[ImageRows]:
+    """Z rows and V rows, both with what stands before their image. In places."""
+    inside = _inside(layout.image.num_visual, layout.image.num_voco)
     if not any(len(prefix) for prefix in prefixes):
-        mask = inside if num_voco > 1 else None  # one voco row sees every key of its image
-        return [ImageRows(layout.voco_places, layout.image_places, mask)]
+        return [ImageRows(layout.voco_places, layout.image_places, inside)]
     before, real = _pad(prefixes)
     real = real[:, None, None, :]
-    mask = torch.cat([real.expand(-1, 1, num_voco, -1), inside.expand(len(prefixes), 1, -1, -1)], -1)
+    mask = torch.cat([real.expand(-1, 1, layout.image.num_voco, -1), inside.expand(len(prefixes), 1, -1, -1)], -1)
     return [
         ImageRows(layout.voco_places, torch.cat([before, layout.image_places], 1), mask),
         ImageRows(layout.visual_places, before, real, own=True),
     ]
 
 
-def _column_major(layout: SequenceLayout) -> Tensor:
-    """Place row * seq_length + column -> column * rows + row: mcore's tensors are [seq_length, rows, ...]."""
-    return torch.arange(layout.rows * layout.seq_length).view(layout.seq_length, layout.rows).T.reshape(-1)
+class _Take(torch.autograd.Function):
+    """x[rows] of rows that occur once each, padding aside; backward copies instead of adding up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, real: Tensor) -> Tensor:
+        flat = rows.reshape(-1)
+        ctx.save_for_backward(flat, real)
+        ctx.size = len(x)
+        return x.index_select(0, flat).view(*rows.shape, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        flat, real = ctx.saved_tensors
+        grad = grad.flatten(0, 1)
+        found = grad.new_zeros(ctx.size, *grad.shape[1:])
+        return found.index_copy_(0, flat.index_select(0, real), grad.index_select(0, real)), None, None
 
 
-def split_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """Attention under M_hy by its exact split.
+def _causal_results(query: Tensor, key: Tensor, value: Tensor, part: CausalSegments, scale: float) -> Tensor:
+    """Results of a part at its `source`: [r, heads, d]."""
+    repeat = query.shape[1] // key.shape[1]
+    take = (lambda x: x[part.rows]) if part.repeats else (lambda x: _Take.apply(x, part.rows, part.real))
+    q, k, v = (take(x).transpose(1, 2) for x in (query, key, value))
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, part.source)
 
-    query: [s, b, heads, d]; key, value: [s, b, groups, d], groups dividing heads; rotary already applied.
-    Returns [s, b, heads * d].
+
+def split_attention(
+    query: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    plan: AttentionPlan,
+    scale: float,
+    images: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under M_hy by its exact split, in the order of rows.
+
+    query: [rows, heads, d], of the language zone alone where the plan says own_image_only; keys, values: of the language and
+    the visual zone, [rows of the zone, groups, d], groups dividing heads; rotary already applied.
+    images False: only text rows are asked for, and text does not see V_hy: query, keys[0] and values[0] of the language zone suffice.
+    Returns [rows, heads, d] of both zones; without `images` of the text rows, and None.
     """
-    s, b, heads, d = query.shape
-    repeat = heads // key.shape[2]
-    query, key, value = query.reshape(s * b, heads, d), key.reshape(s * b, -1, d), value.reshape(s * b, -1, d)
+    if not images:
+        return _text_rows(query, keys[0], values[0], plan, scale), None
+    if plan.own_image_only:
+        return _own_image_attention(query, keys, values, plan, scale)
+    key, value = torch.cat(keys), torch.cat(values)
+    heads, repeat = query.shape[1], query.shape[1] // key.shape[1]
 
-    def take(x: Tensor, places: Tensor, times: int = 1) -> Tensor:
-        """[n, l] places -> [n, heads, l, d]"""
-        return x[places].repeat_interleave(times, 2).transpose(1, 2) if times > 1 else x[places].transpose(1, 2)
+    def take(x: Tensor, rows: Tensor, times: int = 1) -> Tensor:
+        """[n, l] rows -> [n, heads, l, d]"""
+        return x[rows].repeat_interleave(times, 2).transpose(1, 2) if times > 1 else x[rows].transpose(1, 2)
 
-    results, targets = [], []
-    for part in plan.segments:
-        q, k, v = take(query, part.places), take(key, part.places, repeat), take(value, part.places, repeat)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        results.append(out.transpose(1, 2).reshape(-1, heads, d)[part.source])
-        targets.append(part.target)
+    segments = plan.text + plan.image_segments
+    results = [_causal_results(query, key, value, part, scale) for part in segments]
+    targets = [part.target for part in segments]
     for part in plan.image_rows:
         q, k, v = take(query, part.queries), take(key, part.keys, repeat), take(value, part.keys, repeat)
         if part.own:
             out = _shared_and_own(q, k, v, take(key, part.queries, repeat), take(value, part.queries, repeat), part.mask, scale)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=scale)
-        results.append(out.transpose(1, 2).reshape(-1, heads, d))
+        results.append(out.transpose(1, 2).reshape(-1, heads, query.shape[2]))
         targets.append(part.queries.reshape(-1))
 
-    own = value.repeat_interleave(repeat, 1) if repeat > 1 else value  # star's V rows, and padding
+    own = value.repeat_interleave(repeat, 1) if repeat > 1 else value  # star's V rows, and filling
     if results:
         own = own.index_copy(0, torch.cat(targets), torch.cat(results).to(own.dtype))
-    return own.reshape(s, b, heads * d)
+    return own.split([plan.order.language, plan.order.visual])
+
+
+def _text_rows(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Attention of the text rows, all arguments of the language zone. [num_text, heads, d]"""
+    results = [_causal_results(query, key, value, part, scale) for part in plan.text]
+    if not results:
+        return query[:0]
+    text = torch.cat(results) if len(results) > 1 else results[0]
+    return text if plan.text_order is None else text.index_select(0, plan.text_order)
+
+
+class _VocoRows(torch.autograd.Function):
+    """Z rows over their own image, and V rows, which get their own value.
+
+    query: [images, groups, r, d], r = heads of a group x K. Keys and values [images, K or N, groups, d] of voco and V_hy are read
+    where they lie: by SDPA they would have to be put together first, and there is nothing here but reading and writing them.
+    """
+
+    @staticmethod
+    def forward(ctx, query, voco_key, voco_value, key, value, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        precise = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.cat([_products(query, key), _products(query, voco_key)], -1).to(precise) * scale
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, float("-inf"))
+        weight = scores.softmax(-1)
+        ctx.save_for_backward(query, voco_key, voco_value, key, value, weight)
+        ctx.scale = scale
+        over_image, over_voco = weight.to(value.dtype).split([key.shape[1], voco_key.shape[1]], -1)
+        return _sums(over_image, value) + _sums(over_voco, voco_value), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_own: Tensor):
+        query, voco_key, voco_value, key, value, weight = ctx.saved_tensors
+        sizes = [key.shape[1], voco_key.shape[1]]
+        d_weight = torch.cat([_products(grad, value), _products(grad, voco_value)], -1).to(weight.dtype)
+        d_scores = (d_weight - (d_weight * weight).sum(-1, keepdim=True)).mul_(weight).mul_(ctx.scale).to(query.dtype)
+        (over_image, over_voco), (scores, voco_scores) = (x.to(query.dtype).split(sizes, -1) for x in (weight, d_scores))
+        d_query = _sums(scores, key) + _sums(voco_scores, voco_key)
+        d_voco = [_spread(voco_scores, query), _spread(over_voco, grad)]
+        return d_query, *d_voco, _spread(scores, query), _spread(over_image, grad, grad_own), None, None
+
+
+def _products(rows: Tensor, keys: Tensor) -> Tensor:
+    """Each row with each key: [images, groups, r, d], [images, n, groups, d] -> [images, groups, r, n]."""
+    return torch.stack([row @ key.permute(1, 2, 0) for row, key in zip(rows, keys, strict=True)])  # of one image keys are not copied
+
+
+def _sums(weight: Tensor, values: Tensor) -> Tensor:
+    """Weighted sums of values: [images, groups, r, n], [images, n, groups, d] -> [images, groups, r, d]."""
+    return torch.stack([one @ value.transpose(0, 1) for one, value in zip(weight, values, strict=True)])
+
+
+def _spread(weight: Tensor, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Every key's weighted sum of rows: [images, groups, r, n], [images, groups, r, d] (+ onto) -> [images, n, groups, d]."""
+    if weight.shape[2] > 1:
+        found = (weight.transpose(2, 3) @ rows).transpose(1, 2)
+        return found.contiguous() if onto is None else found + onto
+    weight, rows = weight[:, :, 0, :, None].transpose(1, 2), rows.transpose(1, 2)
+    return weight * rows if onto is None else torch.addcmul(onto, weight, rows)
+
+
+def _own_image_attention(query, keys, values, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """`star` without a visible prefix: text in causal segments, Z rows over their image, V rows as they are."""
+    order, (_, heads, d), groups = plan.order, query.shape, keys[0].shape[1]
+    text = _text_rows(query, keys[0], values[0], plan, scale)
+    sizes = [order.num_text, order.num_voco, order.language - order.num_text - order.num_voco]
+    count, num_voco = order.num_images, order.image.num_voco
+    parts, own = [text], values[1]
+    if count and num_voco:
+        q = query.split(sizes)[1].reshape(count, num_voco, groups, heads // groups, d)
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # no key is repeated for the heads of its group
+        mine = (x[0].split(sizes)[1].unflatten(0, (count, num_voco)) for x in (keys, values))
+        theirs = (x[1].split([order.num_visual, order.visual - order.num_visual]) for x in (keys, values))
+        (key, _), (own, filling) = theirs
+        mask = None if plan.voco_mask is None else plan.voco_mask.repeat(heads // groups, 1)
+        images = (x.unflatten(0, (count, -1)) for x in (key, own))
+        out, own = _VocoRows.apply(q, *mine, *images, mask, scale)
+        own = own.flatten(0, 1)
+        own = torch.cat([own, filling]) if len(filling) else own
+        parts.append(out.unflatten(2, (heads // groups, num_voco)).permute(0, 3, 1, 2, 4).reshape(-1, heads, d))
+    if sizes[2]:
+        parts.append(text.new_zeros(sizes[2], heads, d))
+    return torch.cat(parts), own.repeat_interleave(heads // groups, 1) if heads > groups else own
 
 
 def _shared_and_own(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -195,27 +357,49 @@ def _shared_and_own(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tenso
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The reference: SDPA with a [b, s, s] bool mask. Shapes as in `split_attention`."""
-    s, b, heads, d = query.shape
-    repeat = heads // key.shape[2]
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
-    return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+    """The reference: SDPA with a [b, s, s] bool mask. query: [b, s, heads, d]; key, value: [b, s, groups, d] -> [b, s, heads, d]."""
+    repeat = query.shape[2] // key.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(1, 2)
 
 
 @dataclass
 class LayoutParams(PackedSeqParams):
-    """Carries a micro-batch's layout to every attention layer by mcore's own parameter for packed sequences."""
+    """Carries what a micro-batch's layout decides to every layer, by mcore's own parameter for packed sequences.
 
+    order: of the rows. cos, sin: [rows, 1, d / 2], of the rows' positions, in the activations' precision.
+    plan: of the split attention; or mask [b, s, s] for the reference, which computes every row in every layer.
+    wanted: rows of the language zone that are read behind the last layer; the others are left out there. None: all are read.
+    needs_images: whether these rows need V_hy in the last layer.
+    """
+
+    order: RowOrder | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     plan: AttentionPlan | None = None
     mask: Tensor | None = None
+    wanted: Tensor | None = None
+    needs_images: bool = True
+
+    @property
+    def queries_everywhere(self) -> bool:
+        """Whether V rows need queries."""
+        return self.plan is None or not self.plan.own_image_only
 
     @classmethod
-    def from_layout(cls, layout: SequenceLayout, rule: MaskRule, attention: str, device: torch.device) -> "LayoutParams":
-        """attention: split | dense."""
+    def from_layout(cls, layout: SequenceLayout, rule: MaskRule, attention: str, device: torch.device, shares: int = 1) -> "LayoutParams":
+        """attention: split | dense. shares: as of RowOrder."""
+        order = RowOrder.of(layout, shares)
         if attention == "dense":
-            return cls(qkv_format="sbhd", mask=dense_mask(layout, rule).to(device))
-        return cls(qkv_format="sbhd", plan=plan_attention(layout, rule).to(device))
+            return cls(qkv_format="sbhd", order=order, mask=dense_mask(layout, rule).to(device))
+        return cls(qkv_format="sbhd", order=order, plan=plan_attention(layout, rule, order).to(device))
+
+    def read_only(self, rows: Tensor) -> None:
+        """Let the last layer compute what is needed for `rows` [n] of the language zone alone. Nothing changes for the reference."""
+        if self.plan is None:
+            return
+        self.wanted = rows
+        self.needs_images = self.plan.text_sees_images or bool((rows >= self.order.num_text).any())
 
 
 class LayoutAttention(nn.Module):
@@ -227,15 +411,22 @@ class LayoutAttention(nn.Module):
             raise ValueError(f"LayoutAttention is self-attention only, not {attention_type!r}")
         self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
 
-    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None) -> Tensor:
-        """query: [s, b, heads, d]; key, value: [s, b, groups, d] -> [s, b, heads * d], all local to this TP rank."""
-        if not isinstance(packed_seq_params, LayoutParams):
-            raise RuntimeError("attention was called without the micro-batch's layout: the mask would be lost")
-        if attention_mask is not None or attention_bias is not None:
-            raise RuntimeError("attention takes its mask from the layout alone, but a mask tensor was passed")
-        if packed_seq_params.mask is not None:
-            return dense_attention(query, key, value, packed_seq_params.mask, self.scale)
-        return split_attention(query, key, value, packed_seq_params.plan, self.scale)
+    def attend(
+        self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], params: LayoutParams, images: bool = True
+    ) -> Tensor:
+        """`split_attention`, or the reference on the same rows; all local to this TP rank.
+
+        Returns [rows, heads, d] in the ranks' order of shares; without `images` of the text rows.
+        No `forward`: hooks would have to see the same tensors here whatever the micro-batch holds.
+        """
+        order = params.order
+        if params.mask is None:
+            language, visual = split_attention(query, keys, values, params.plan, self.scale, images)
+            return language if visual is None else order.share_out(language, visual)
+        at = [order.at_places(x).unflatten(0, params.mask.shape[:2]) for x in (query, torch.cat(keys), torch.cat(values))]
+        out = dense_attention(*at, params.mask, self.scale).flatten(0, 1)
+        rows = out[order.places.to(out.device).clamp_min(0)]
+        return order.share_out(*rows.split([order.language, order.visual]))
 
 
 class FullAttention(nn.Module):

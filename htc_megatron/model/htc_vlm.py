@@ -13,6 +13,8 @@ from htc_megatron.model.layers import backbone_config, backbone_spec, vision_con
 from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
 from htc_megatron.model.mask import MaskRule
 from htc_megatron.model.naming import is_decayed
+from htc_megatron.model.output import OutputLayer
+from htc_megatron.model.rows import RowOrder, capacity, fill_up, wanted_rows
 from htc_megatron.parallel.tied import TiedEmbedding
 from htc_megatron.weights.table import COMPONENTS, is_adapter, padded_vocab_size
 
@@ -33,6 +35,7 @@ class HTCVLM(nn.Module):
         self.rule = MaskRule.from_config(model.method)
         self.image = ImageShape.from_config(model)
         self.attention = parallel.attention
+        self.shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         self.pixel_shape = (3, model.vision.image_size, model.vision.image_size)
         self.code_shape = (model.mgvq.grid**2, model.mgvq.groups)
         self.vocab_size = model.backbone.vocab_size
@@ -54,7 +57,9 @@ class HTCVLM(nn.Module):
             scatter_embedding_sequence_parallel=False,  # images are placed into the whole sequence first
         )
         if last:
-            self.backbone.output_layer.sequence_parallel = False  # it is given gathered rows: only those that carry loss
+            options = dict(config=self.config, init_method=self.config.init_method, vocab_size=self.vocab_size, tp_rank=tp_rank)
+            self.backbone.output_layer = OutputLayer(model.backbone.hidden_size, self.padded_vocab, **options)
+            self.backbone.decoder.layers[-1].is_last = True
         self.tied = self._tie(config) if model.backbone.tie_word_embeddings and (first or last) else None
         self.rotary_base = model.backbone.rotary_base
         self._freeze(config)
@@ -87,47 +92,69 @@ class HTCVLM(nn.Module):
         self.backbone.set_input_tensor(input_tensor)
 
     def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor:
-        """Hidden states [s (/ tp with sequence parallelism), b, H] for the next stage; on the last stage the summed loss [].
+        """Rows [capacity (/ tp with sequence parallelism), 1, H] for the next stage; on the last stage the summed loss [].
 
-        With `logits` the last stage returns [b, s, vocab_size] fp32 logits instead, gathered over TP.
+        With `logits` the last stage returns [b, s, vocab_size] fp32 logits instead, gathered over TP, zero rows' at padding.
         """
         layout = batch.layout
         if layout is None:
             raise RuntimeError("a pipeline stage was called without the micro-batch's layout: the mask would be lost")
-        params = LayoutParams.from_layout(layout, self.rule, self.attention, self.device)
-        hidden = self.embed(batch) if self.first else None
-        hidden = self.backbone.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary(layout),
-            packed_seq_params=params,
-        )
+        params = LayoutParams.from_layout(layout, self.rule, self.attention, self.device, self.shares)
+        params.cos, params.sin = self.rotary(layout, params.order)
+        rows, targets, weight = self.supervised(batch, params.order) if self.last and not logits else (None, None, 1.0)
+        if rows is not None:
+            params.read_only(rows)
+        if self.first:
+            hidden = self.embed(batch, params.order)
+        else:
+            hidden = None
+            self.backbone.decoder.set_input_tensor(self.backbone.decoder.input_tensor[: sum(params.order.local)])
+        hidden = self.backbone.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=params)
         for idle in (self.idle_decayed, self.idle_plain):
             if idle is not None:
                 hidden = hidden + 0.0 * idle
         if not self.last:
-            return hidden
+            return fill_up(hidden, capacity(layout.rows, layout.seq_length, self.shares) // self.shares)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.logits(hidden) if logits else self.loss(hidden, batch.labels)
+        hidden = hidden.squeeze(1)
+        if params.wanted is None:  # every row was computed
+            hidden = params.order.gathered(hidden)
+        if logits:
+            return self.logits(params.order.at_places(hidden).unflatten(0, (layout.rows, layout.seq_length)))
+        hidden = hidden[: len(rows)] if params.wanted is not None else hidden.index_select(0, rows)
+        return self._output(hidden, targets) * weight
 
-    def embed(self, batch: MicroBatch) -> Tensor:
-        """Text embeddings with whole images put in their places. [s (/ tp), b, H]
+    def shape_between_stages(self, layout: SequenceLayout) -> tuple[int, int]:
+        """(rows, seq_length) of what stages exchange for a micro-batch of this shape, in mcore's words."""
+        return 1, capacity(layout.rows, layout.seq_length, self.shares)
+
+    def supervised(self, batch: MicroBatch, order: RowOrder) -> tuple[Tensor, Tensor, float]:
+        """Rows that are read behind the last layer, their targets, and the weight of their loss.
+
+        One row at weight zero where there is none: every rank takes the same road through the output layer.
+        """
+        rows, targets = wanted_rows(order, batch.labels)
+        if not len(rows):
+            return torch.zeros(1, dtype=torch.int64, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device), 0.0
+        return rows.to(self.device), targets.to(self.device), 1.0
+
+    def embed(self, batch: MicroBatch, order: RowOrder) -> Tensor:
+        """Rows of text, voco and V_hy. [n (/ tp), 1, H]
 
         The front-end always runs: a micro-batch without an image calls it on one blank image at weight zero, so that
         no rank waits in a collective that another one skips.
         """
-        layout = batch.layout
-        ids = batch.input_ids.to(self.device)
-        hidden = self.backbone.embedding(input_ids=ids, position_ids=None)  # [s, b, H]
-        images = self.frontend(*self.visual_inputs(batch))  # [images or 1, N + K, H]
-        if layout.num_images:
-            row, column = layout.image_places // layout.seq_length, layout.image_places % layout.seq_length
-            places = (column * layout.rows + row).reshape(-1).to(self.device)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            hidden = flat.index_copy(0, places, images.reshape(-1, images.shape[-1]).to(flat.dtype)).view_as(hidden)
+        places = order.places[: max(order.num_text, 1)].clamp_min(0)
+        ids = batch.input_ids.reshape(-1)[places].to(self.device)
+        text = self.backbone.embedding(input_ids=ids[None], position_ids=None)[: order.num_text]  # [num_text, 1, H]
+        images = self.frontend(*self.visual_inputs(batch)).to(text.dtype)  # [images or 1, N + K, H]
+        if order.num_images:
+            visual, voco = (x.flatten(0, 1)[:, None] for x in images.split([order.image.num_visual, order.image.num_voco], 1))
+            zones = fill_up(torch.cat([text, voco]), order.language), fill_up(visual, order.visual)
         else:
-            hidden = hidden + 0.0 * images.sum()
+            zones = fill_up(text + 0.0 * images.sum(), order.language), text[:0]
+        hidden = order.share_out(*zones)
         if self.config.recompute_granularity == "full" and not hidden.requires_grad and torch.is_grad_enabled():
             hidden.requires_grad_()  # a checkpointed layer whose input needs no gradient would drop its weights' gradients
         if self.config.sequence_parallel:
@@ -150,43 +177,20 @@ class HTCVLM(nn.Module):
             codes = pick("codes", batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
         return pixels, codes
 
-    def rotary(self, layout: SequenceLayout) -> Tensor:
-        """Rotary frequencies at the layout's positions: [s, b, 1, head_dim] fp32 (mcore turns them into cos and sin)."""
+    def rotary(self, layout: SequenceLayout, order: RowOrder) -> tuple[Tensor, Tensor]:
+        """cos and sin at the rows' positions: [rows, head_dim / 2] each, computed in fp32, in the activations' precision."""
         # made here and not kept: zero.Init would round every tensor made during construction to the parameters' precision
         head_dim = self.config.kv_channels
         powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=self.device) / head_dim
-        positions = layout.position_ids.to(self.device).T.float()  # [s, b]
-        angles = positions[..., None] * self.rotary_base**-powers
-        return torch.cat([angles, angles], -1)[:, :, None]
-
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross-entropy over the supervised tokens; logits are computed at their rows only. []
-
-        hidden: [s, b, H]; labels: [b, s] aligned with the input, so the row before each label predicts it.
-        """
-        following = torch.full_like(labels, -100)
-        following[:, :-1] = labels[:, 1:]
-        following = following.T.reshape(-1).to(self.device)  # [s * b], like hidden's rows
-        rows = (following != -100).nonzero().squeeze(-1)
-        weight = 1.0
-        if not len(rows):  # every rank takes the same road through the output layer
-            rows, weight = torch.zeros(1, dtype=torch.int64, device=self.device), 0.0
-        targets = following[rows].clamp_min(0)
-        logits = self._local_logits(hidden.reshape(-1, hidden.shape[-1])[rows][:, None])  # [rows, 1, vocab / tp]
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets[:, None]).sum() * weight
+        positions = layout.position_ids.reshape(-1)[order.places.clamp_min(0)].to(self.device).float()
+        angles = positions[:, None] * self.rotary_base**-powers
+        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[s, b, H] -> [b, s, vocab_size] fp32, whole on every TP rank."""
-        whole = tensor_parallel.gather_from_tensor_model_parallel_region(self._local_logits(hidden))
-        return whole[..., : self.vocab_size].transpose(0, 1).contiguous()
+        """[..., H] -> [..., vocab_size] fp32, whole on every TP rank."""
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(self._output(hidden))
+        return whole[..., : self.vocab_size].contiguous()
 
-    def _local_logits(self, hidden: Tensor) -> Tensor:
-        """This TP rank's columns in fp32; padding columns are closed, so that they take no probability in any layout."""
+    def _output(self, rows: Tensor, targets: Tensor | None = None) -> Tensor:
         weight = None if self.tied is None else self.tied.weight  # None: the layer's own
-        logits = self.backbone.output_layer(hidden, weight=weight)[0].float()
-        if self.padded_vocab > self.vocab_size:
-            width = logits.shape[-1]
-            columns = self.tp_rank * width + torch.arange(width, device=logits.device)
-            padding = columns >= self.vocab_size
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return logits
+        return self.backbone.output_layer(rows, targets, weight=weight)

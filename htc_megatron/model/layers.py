@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from htc_megatron.config import RunConfig
 from htc_megatron.model.attention import FullAttention, LayoutAttention
-from htc_megatron.model.lora import Fused, LoraColumnParallelLinear, LoraRowParallelLinear
+from htc_megatron.model.decoder import DecoderLayer, LayoutSelfAttention, QKVLinear, RMSNorm
+from htc_megatron.model.lora import Fused, LoraColumnParallelLinear, LoraQKVLinear, LoraRowParallelLinear
 from htc_megatron.weights.table import LINEARS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,25 +32,6 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32; works under sequence parallelism, which mcore's torch norm refuses.
-
-    Under sequence parallelism each TP rank sees its share of the tokens, so the weight's gradient is summed over TP.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.eps = eps
-        self.sum_over_tp = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape and dtype."""
-        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight) if self.sum_over_tp else self.weight
-        precise = x.float()
-        return weight * (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm with the arguments mcore's specs pass, in the parameters' precision."""
 
@@ -58,7 +39,14 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType, linears: dict[str, ModuleSpec] | None = None) -> ModuleSpec:
+def _layer_spec(
+    norm: type,
+    core_attention: type,
+    mask_type: AttnMaskType,
+    linears: dict[str, ModuleSpec] | None = None,
+    layer: type = TransformerLayer,
+    attention: type = SelfAttention,
+) -> ModuleSpec:
     """linears: by name, those that are not plain tensor-parallel ones."""
     linears = {
         "linear_qkv": ModuleSpec(module=ColumnParallelLinear),
@@ -67,11 +55,11 @@ def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType, linea
         "linear_fc2": ModuleSpec(module=RowParallelLinear),
     } | (linears or {})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=attention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears["linear_qkv"],
@@ -91,26 +79,31 @@ def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType, linea
 
 def backbone_spec(config: RunConfig) -> TransformerBlockSubmodules:
     """Layers of one pipeline stage and the block's final norm (built on the last stage only)."""
-    spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal, _adapted_linears(config))
+    spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal, _linears(config), DecoderLayer, LayoutSelfAttention)
     layers = config.model.backbone.num_layers // config.parallel.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
-def _adapted_linears(config: RunConfig) -> dict[str, ModuleSpec]:
-    """The backbone's linears that have LoRA adapters."""
+def _linears(config: RunConfig) -> dict[str, ModuleSpec]:
+    """The backbone's linears that are not mcore's own: queries, keys and values, and those with LoRA adapters."""
     lora, bb, tp = config.model.lora, config.model.backbone, config.parallel.tensor_model_parallel_size
     head_dim = bb.hidden_size // bb.num_attention_heads
+    of_group = {"group_rows": (bb.num_attention_heads // bb.num_query_groups * head_dim, 2 * head_dim)}
     rows = {  # of the linears that mcore fuses: (groups over all TP ranks, rows of each linear in one)
         "linear_qkv": (bb.num_query_groups, (bb.num_attention_heads // bb.num_query_groups * head_dim, head_dim, head_dim)),
         "linear_fc1": (tp, (bb.ffn_hidden_size // tp,) * 2),
     }
-    found = {}
+    found = {"linear_qkv": ModuleSpec(module=QKVLinear, params=of_group)}
     for name, linears in LINEARS.items():
         adapted, options = tuple(x in lora.targets for x in linears), {"rank": lora.rank, "scale": lora.scale}
         if not lora.rank or not any(adapted):
             continue
         if name in rows:
-            found[name] = ModuleSpec(module=LoraColumnParallelLinear, params=options | {"fused": Fused(*rows[name], adapted)})
+            options |= {"fused": Fused(*rows[name], adapted)}
+        if name == "linear_qkv":
+            found[name] = ModuleSpec(module=LoraQKVLinear, params=options | of_group)
+        elif name in rows:
+            found[name] = ModuleSpec(module=LoraColumnParallelLinear, params=options)
         else:
             found[name] = ModuleSpec(module=LoraRowParallelLinear, params=options)
     return found

@@ -15,6 +15,7 @@ row          cut like the weight                summed                          
 There is no dropout: its mask would be another one on each layout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+
+from htc_megatron.model.decoder import QKVLinear
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,56 @@ def _parameter(rows: int, columns: int, like: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns, dtype=like.dtype, device=like.device))
 
 
-class LoraColumnParallelLinear(ColumnParallelLinear):
-    """A column-parallel linear with adapters; its arguments are ColumnParallelLinear's and
+class _ColumnAdapters:
+    """Adapters of a column-parallel linear.
 
     rank, scale: of every adapter, and what B A is multiplied by.
     fused: which of its output rows have one.
     """
 
+    def add_adapters(self, rank: int, scale: float, fused: Fused) -> None:
+        self.scale, self.fused = scale, fused
+        rows = fused.groups // (self.output_size // self.output_size_per_partition) * sum(fused.adapted_rows)
+        self.lora_A = _parameter(len(fused.adapted_rows) * rank, self.input_size, self.weight)
+        self.lora_B = _parameter(rows, rank, self.weight)
+
+    def adapted(self, rows: Tensor, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> Tensor:
+        """scale * B A x: [s (/ tp), b, in] -> [s, b, out / tp], or the output rows that `part` takes of a weight."""
+        if self.sequence_parallel:
+            lora_a = tensor_parallel.copy_to_tensor_model_parallel_region(self.lora_A, group=self.tp_group)
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(F.linear(rows, lora_a), group=self.tp_group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(F.linear(rows, self.lora_A), group=self.tp_group)
+        return F.linear(hidden * self.scale, part(self.fused.spread(self.lora_B)))
+
+
+class LoraColumnParallelLinear(_ColumnAdapters, ColumnParallelLinear):
+    """A column-parallel linear with adapters; its arguments are ColumnParallelLinear's and the adapters'."""
+
     def __init__(self, input_size: int, output_size: int, *, rank: int, scale: float, fused: Fused, **options):
         super().__init__(input_size, output_size, **options)
-        self.scale, self.fused = scale, fused
-        rows = fused.groups // (output_size // self.output_size_per_partition) * sum(fused.adapted_rows)
-        self.lora_A = _parameter(len(fused.adapted_rows) * rank, input_size, self.weight)
-        self.lora_B = _parameter(rows, rank, self.weight)
+        self.add_adapters(rank, scale, fused)
 
     def forward(self, input_: Tensor, **options) -> tuple[Tensor, Tensor | None]:
         """[s (/ tp), b, in] -> [s, b, out / tp], as ColumnParallelLinear's."""
         output, bias = super().forward(input_, **options)
-        if self.sequence_parallel:
-            lora_a = tensor_parallel.copy_to_tensor_model_parallel_region(self.lora_A, group=self.tp_group)
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(F.linear(input_, lora_a), group=self.tp_group)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(F.linear(input_, self.lora_A), group=self.tp_group)
-        return output + F.linear(hidden * self.scale, self.fused.spread(self.lora_B)), bias
+        return output + self.adapted(input_), bias
+
+
+class LoraQKVLinear(_ColumnAdapters, QKVLinear):
+    """A fused linear for queries, keys and values with adapters; its arguments are QKVLinear's and the adapters'."""
+
+    def __init__(self, input_size: int, output_size: int, *, rank: int, scale: float, fused: Fused, **options):
+        super().__init__(input_size, output_size, **options)
+        self.add_adapters(rank, scale, fused)
+
+    def forward(self, rows: Tensor, language: int, bare: bool) -> Tensor:
+        """As QKVLinear's."""
+        zones = rows.split([language, len(rows) - language])
+        adapted = [
+            self.adapted(zone, lambda weight, few=few: self.part(weight, few)) for zone, few in zip(zones, (False, bare), strict=True)
+        ]
+        return super().forward(rows, language, bare) + torch.cat([found.flatten() for found in adapted])
 
 
 class LoraRowParallelLinear(RowParallelLinear):

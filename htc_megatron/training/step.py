@@ -51,16 +51,12 @@ def _mean_loss(reports: list[torch.Tensor], tokens: int, groups: Groups) -> floa
     return float(sum_over(total, groups.dp, groups.pp)) / max(tokens, 1)
 
 
-def _shape(batches: list[MicroBatch]) -> tuple[int, int]:
-    return batches[0].layout.rows, batches[0].layout.seq_length
-
-
 def train_step(engine: ZeroEngine, batches: list[MicroBatch], lr: float) -> StepResult:
     """Forward, backward and update on this data-parallel rank's micro-batches. Called by every rank."""
     groups = engine.groups
     tokens, images = _global_counts(batches, groups)
     scale = groups.dp_size / max(tokens, 1)  # DeepSpeed averages gradients over the data-parallel ranks
-    reports = engine.train(_forward_step(scale), iter(batches), len(batches), _shape(batches))
+    reports = engine.train(_forward_step(scale), iter(batches), len(batches), engine.module.shape_between_stages(batches[0].layout))
     loss = _mean_loss(reports, tokens, groups)
     return StepResult(loss, engine.step(lr), tokens, images)
 
@@ -71,7 +67,7 @@ def evaluate(engine: ZeroEngine, steps: Iterator[list[MicroBatch]]) -> float:
     loss, tokens = 0.0, 0
     for batches in steps:
         count, _ = _global_counts(batches, groups)
-        reports = engine.evaluate(_forward_step(1.0), iter(batches), len(batches), _shape(batches))
+        reports = engine.evaluate(_forward_step(1.0), iter(batches), len(batches), engine.module.shape_between_stages(batches[0].layout))
         loss += _mean_loss(reports, count, groups) * max(count, 1)
         tokens += count
     return loss / max(tokens, 1)
