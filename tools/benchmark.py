@@ -16,6 +16,8 @@ from pathlib import Path
 from htc_megatron.config import ConfigError
 
 COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
+    "attention": "M_hy by its exact split beside SDPA with the dense mask and plain causal SDPA",
+    "train": "a training step beside transformers' LLaMA and mcore's GPTModel with the dense mask",
     "save": "a blocking save, and what a save in a thread takes from training",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }

@@ -45,7 +45,7 @@ def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.O
         if parameter.requires_grad:
             groups_of[is_decayed(name, parameter)].append(parameter)
     parameter_groups = [{"params": groups_of[decayed], "weight_decay": options.weight_decay * decayed} for decayed in (True, False)]
-    return torch.optim.AdamW(parameter_groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+    return torch.optim.AdamW(parameter_groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 
 def entries_of_stage(module: nn.Module, config: RunConfig, groups: Groups) -> list[Entry]:
