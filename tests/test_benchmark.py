@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from htc_megatron.benchmarks.convert import measure_converting, write_synthetic
@@ -52,6 +54,37 @@ def test_what_saving_costs(ranks, tmp_path):
         assert one["cost_s"] == pytest.approx(one["stall_s"] + one["disturbed_s"] - one["undisturbed_s"])
     middle = sorted(one["stall_s"] for one in found["rounds"])[1]
     assert found["stall_share"] == pytest.approx(middle / sorted(one["blocking_s"] for one in found["rounds"])[1])
+
+
+def run_tool(*arguments: str) -> tuple[str, dict]:
+    """What the tool prints, and what it writes as JSON."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        command = [sys.executable, str(TOOL), *arguments, "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads(file.read_text())
+
+
+def test_attention_beside_its_peers():
+    """At a small size: what is timed computes the dense mask's gradients, and ratios are those of the seconds."""
+    shown, found = run_tool(
+        "attention", "--patches", "12", "--more-patches", "48", "--text", "9", "--heads", "2", "--head-dim", "8", "--rounds", "3"
+    )
+    assert found["largest_difference"] < 1e-5 and found["ratios"].keys() == {"dense_over_ours", "causal_over_ours", "growth_over_linear"}
+    of_rounds = sorted(a / b for a, b in zip(found["seconds"]["dense"], found["seconds"]["ours"], strict=True))
+    assert found["ratios"]["dense_over_ours"] == pytest.approx(of_rounds[1]) and f"{of_rounds[1]:.3g}" in shown
+    assert found["machine"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_training_beside_its_peers():
+    """At a small size: the peers have our loss and our gradients, so the same work is timed."""
+    sizes = "--hidden 64 --layers 3 --head-dim 16 --vocabulary 301 --batch 2 --text 24 --patch-side 3 --rounds 1"
+    _, found = run_tool("train", *sizes.split())
+    assert found["difference"]["loss"] < 1e-5 and found["difference"]["mcore_loss"] < 1e-5 and found["difference"]["gradients"] < 1e-4
+    assert all(seconds > 0 for several in found["seconds"].values() for seconds in several)
+    assert {"peer_over_ours", "peer_memory_over_ours"} <= found["ratios"].keys()
 
 
 def test_the_tool(tmp_path):

@@ -92,7 +92,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
         assert error < 1e-4, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equal_transformers(ranks, variant, recompute):
     ours, theirs = ranks(1).run(gradients, VARIANTS[variant], recompute)[0]

@@ -121,7 +121,7 @@ def logits_of(yaml: str, overrides: list[str]):
         output = model(next(steps), logits=True)
         return output, lambda logits: (logits.sum(), torch.tensor(1, dtype=torch.int), logits)
 
-    shape = engine.module.shape_between_stages(batches[0].layout)
+    shape = trainer.engine.module.shape_between_stages(batches[0].layout)
     reports = trainer.engine.evaluate(step, iter(batches[:1]), 1, shape)
     trainer.loader.close()
     trainer.logger.close()

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from htc_megatron.model.attention import LayoutParams
-from htc_megatron.model.elementwise import forget, rms_norm, rotary, swiglu
+from htc_megatron.model.elementwise import forget, rms_norm, rotary_, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -159,16 +159,25 @@ class LayoutSelfAttention(SelfAttention):
         """
         order, bare = params.order, not params.queries_everywhere
         found = self.linear_qkv(rows, order.local[0], bare)
-        language, visual = found.split([order.language * (size := self._entries(False)), len(found) - order.language * size])
-        query, key, value = self._heads(language, False)
-        cos, sin = (x.split([order.language, order.visual]) for x in (params.cos, params.sin))
-        query, key = self._turned(query, cos[0], sin[0]), self._turned(key, cos[0], sin[0])
-        keys, values = (key, key[:0]), (value, value[:0])
-        if len(visual):
-            *queries, key, value = self._heads(visual, bare)
-            keys, values = (keys[0], self._turned(key, cos[1], sin[1])), (values[0], value)
-            if queries:
-                query = torch.cat([query, self._turned(queries[0], cos[1], sin[1])])
+        first = order.language * self._entries(False)
+
+        def heads(flat: Tensor) -> list[tuple[Tensor, ...]]:
+            """(queries unless bare,) keys and values of each zone, [n, groups, heads of a group, d]."""
+            mine, theirs = flat.split([first, len(flat) - first])
+            return [self._heads(mine, False), *([self._heads(theirs, bare)] if len(theirs) else [])]
+
+        def turning(flat: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+            turns = [(x.split([order.language, order.visual])) for x in (params.cos[:, None, None], params.sin[:, None, None])]
+            return [(x, turns[0][zone], turns[1][zone]) for zone, parts in enumerate(heads(flat)) for x in parts[:-1]]
+
+        found = rotary_(found, turning)
+        language, *visual = heads(found)
+        query, *(keys, values) = (x.flatten(1, 2) for x in language)
+        keys, values = (keys, keys[:0]), (values, values[:0])
+        for zone in visual:
+            *queries, key, value = (x.flatten(1, 2) for x in zone)
+            keys, values = (keys[0], key), (values[0], value)
+            query = torch.cat([query, *queries])
         return self.core_attention.attend(query, keys, values, params, images).flatten(1).unsqueeze(1)
 
     def _entries(self, bare: bool) -> int:
@@ -177,16 +186,10 @@ class LayoutSelfAttention(SelfAttention):
         return 2 * groups * d + (0 if bare else self.num_attention_heads_per_partition * d)
 
     def _heads(self, flat: Tensor, bare: bool) -> tuple[Tensor, ...]:
-        """[n * entries] -> queries (unless bare), keys and values, [n, groups, heads of a group x d] each."""
         d, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
-        of_group = self.num_attention_heads_per_partition // groups * d
-        sizes = [d, d] if bare else [of_group, d, d]
-        return flat.view(-1, groups, sum(sizes)).split(sizes, -1)
-
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[n, groups, m x d] -> rotated, [n, groups x m, d]."""
-        d = self.hidden_size_per_attention_head
-        return rotary(x.unflatten(-1, (-1, d)), cos[:, None, None], sin[:, None, None]).flatten(1, 2)
+        of_group = self.num_attention_heads_per_partition // groups
+        sizes = [1, 1] if bare else [of_group, 1, 1]
+        return flat.view(-1, groups, sum(sizes), d).split(sizes, 2)
 
 
 class DecoderLayer(TransformerLayer):

@@ -13,7 +13,7 @@ from torch import Tensor
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        precise = x.float()
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = precise.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (precise * scale).to(x.dtype).mul_(weight)
@@ -21,11 +21,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.float(), x.float() * scale
+        grad, normed = grad.to(scale.dtype), x.to(scale.dtype) * scale
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        d_normed = grad * weight.float()
+        d_normed = grad * weight.to(scale.dtype)
         along = (d_normed * normed).mean(-1, keepdim=True)
         return d_normed.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), d_weight, None
 
@@ -58,28 +58,37 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    found = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (turned_a, turned_b) = x.chunk(2, -1), found.chunk(2, -1)
-    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=turned_b).addcmul_(a, sin, value=sign)
-    return found
+def _turn_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    a, b = x.chunk(2, -1)
+    first = a.clone()
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).addcmul_(first, sin)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+    def forward(ctx, flat: Tensor, heads: Callable[[Tensor], list[tuple[Tensor, Tensor, Tensor]]]) -> Tensor:
+        ctx.heads = heads
+        ctx.mark_dirty(flat)
+        for x, cos, sin in heads(flat):
+            _turn_(x, cos, sin)
+        return flat
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+        grad = grad.clone()
+        for x, cos, sin in ctx.heads(grad):
+            _turn_(x, cos, -sin)
+        return grad, None
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE by halves, as LLaMA's: x [n, ..., d], cos and sin [n, 1..., d / 2] in x's dtype -> contiguous [n, ..., d]."""
-    return _Rotary.apply(x, cos, sin)
+def rotary_(flat: Tensor, heads: Callable[[Tensor], list[tuple[Tensor, Tensor, Tensor]]]) -> Tensor:
+    """RoPE by halves, as LLaMA's, in place: nothing is kept but what went in.
+
+    flat: a linear's results, which nothing else needs. heads: views [n, ..., d] of a tensor like it that turn, each with cos and sin
+    [n, 1..., d / 2] in its dtype.
+    """
+    return _Rotary.apply(flat, heads)
 
 
 def forget(made: Tensor, again: Callable[[], Tensor], used_by: Tensor) -> None:
@@ -88,14 +97,18 @@ def forget(made: Tensor, again: Callable[[], Tensor], used_by: Tensor) -> None:
     made: an operation's whole result, that only `used_by`'s operation and those before it need. again: computes it anew, without
     a graph, from tensors that are kept anyway. used_by: computed from `made`; when its gradient comes, `made` is filled again.
     """
+    if not used_by.requires_grad:
+        return
     storage = made.untyped_storage()
-    size, data = storage.size(), made.data  # .data: filling it up again is no change that autograd would have to know of
+    # .data: filling it up again is no change that autograd would have to know of
+    held = [storage, storage.size(), made.data, again]
 
     def fill(_: Tensor) -> None:
+        storage, size, data, again = held
+        held.clear()  # the graph keeps its hooks to its own end, and all they hold
         storage.resize_(size)
         with torch.no_grad():
             data.copy_(again())
 
-    if used_by.requires_grad:
-        used_by.register_hook(fill)
-        storage.resize_(0)
+    used_by.register_hook(fill)
+    storage.resize_(0)

@@ -65,13 +65,15 @@ class _CrossEntropy(torch.autograd.Function):
                 d_weight.addmm_(share.T, part)
             else:
                 d_weight += share.T @ part
-        ctx.save_for_backward(d_rows, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.found = [d_rows, None if d_weight is None else d_weight.to(weight.dtype)]
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        d_rows, d_weight = ctx.saved_tensors
-        return *(None if found is None else found * grad.to(found.dtype) for found in (d_rows, d_weight)), None, None, None
+        found, ctx.found = ctx.found, None  # scaled where they lie: a second backward through the same loss is refused
+        if found is None:
+            raise RuntimeError("the loss was differentiated already, and its gradients are gone")
+        return *(None if one is None else one.mul_(grad.to(one.dtype)) for one in found), None, None, None
 
 
 def _softmax(logits: Tensor, target: Tensor, real: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
