@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htc_megatron.config import ConfigError
-from htc_megatron.hf.mask_htc_vlm import VocoCache
+from htc_megatron.hf.cache_htc_vlm import VocoCache
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
 
