@@ -218,7 +218,7 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
             hidden = hidden.index_put((images.rows[:, None], images.columns), hidden.new_tensor(torch.nan))
         return HTCVLMOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
