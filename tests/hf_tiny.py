@@ -29,11 +29,12 @@ MGVQ = dict(
 )
 
 
-def tiny_config(backbone: str = "llama", **method) -> HTCVLMConfig:
+def tiny_config(backbone: str = "llama", text: dict | None = None, **method) -> HTCVLMConfig:
+    """text: of the backbone's configuration, over what is set here."""
     vision = dict(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     chosen = dict(num_anchors=2, anchor_hidden_size=24, image_token_id=VOCO) | method
-    text = dict(model_type=backbone, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0) | BACKBONE
-    return HTCVLMConfig(text_config=text, vision_config=vision, mgvq_config=MGVQ, **chosen)
+    ours = dict(model_type=backbone, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0) | BACKBONE
+    return HTCVLMConfig(text_config=ours | (text or {}), vision_config=vision, mgvq_config=MGVQ, **chosen)
 
 
 def tiny_model(seed: int = 0, backbone: str = "llama", **method) -> HTCVLMForConditionalGeneration:

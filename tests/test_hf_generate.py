@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 import htc_megatron.hf.modeling_htc_vlm as modeling
-from htc_megatron.hf.mask_htc_vlm import TEXT, VISUAL, VOCO, VocoCache
+from htc_megatron.hf.cache_htc_vlm import VocoCache
+from htc_megatron.hf.mask_htc_vlm import TEXT, VISUAL, VOCO
 from tests.hf_tiny import tiny_batch, tiny_images, tiny_model
 
 TOLERANCE = 2e-5  # fp32, logits of order 1 to 5: sums over other numbers of keys, in another order

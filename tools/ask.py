@@ -4,9 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from htc_megatron.config import ConfigError
 from htc_megatron.data.images import BadImage, open_image
-from htc_megatron.inference import ask, load
+from htc_megatron.inference import ImageStore, ask, load
+
+
+def picture(path: str) -> Image.Image:
+    try:
+        return open_image(Path(path).read_bytes())
+    except (OSError, BadImage) as error:
+        raise ConfigError(f"picture {path}: {error}") from None
 
 
 def main() -> None:
@@ -14,17 +23,15 @@ def main() -> None:
     parser.add_argument("model", help="exported folder")
     parser.add_argument("question", help='text; "<image>" in it says where the pictures stand, by default in front')
     parser.add_argument("--image", action="append", default=[], help="picture; give it again for several")
+    parser.add_argument("--store", type=Path, help="folder of tools/compress_images.py, which has the pictures: they are not encoded again")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     try:
-        images = []
-        for path in map(Path, a.image):
-            try:
-                images.append(open_image(path.read_bytes()))
-            except (OSError, BadImage) as error:
-                raise ConfigError(f"picture {path}: {error}") from None
-        print(ask(*load(a.model, device=a.device), images, a.question, a.max_new_tokens))
+        images = list(map(Path, a.image)) if a.store else [picture(path) for path in a.image]
+        model, processor = load(a.model, device=a.device)
+        store = ImageStore(a.store, model, processor) if a.store else None
+        print(ask(model, processor, images, a.question, a.max_new_tokens, store))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

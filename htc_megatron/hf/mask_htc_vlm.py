@@ -1,8 +1,9 @@
-"""Who may attend to whom: the sequence an image is expanded into, the mask rule, and the cache that keeps no V_hy.
+"""Who may attend to whom: the sequence an image is expanded into, and the mask rule.
 
 A sample is [text; V_hy; voco; text; V_hy; voco; ...]; V_hy is an image's anchors and patches. With mask star or full,
 input_ids hold K placeholders an image, its voco tokens, and V_hy is inserted in front of them; once voco is computed nobody
-reads V_hy again. With mask none input_ids hold N + K placeholders and everything stays.
+reads V_hy again. With mask none input_ids hold N + K placeholders and everything stays. Where an image's keys and values were
+computed before (image_htc_vlm.py), nothing is inserted for it.
 RoPE positions are those of the whole, uncompressed sequence.
 """
 
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 PADDING, TEXT, VISUAL, VOCO = 0, 1, 2, 3
 KIND, IMAGE, PLACE, POSITION, AFTER = range(5)
@@ -48,16 +49,28 @@ class Tokens:
 
 
 @dataclass
+class Behind:
+    """What an expansion must know of the tokens in front of it: the position that follows them [batch, 1], images and places used."""
+
+    after: Tensor
+    num_images: int
+    num_places: int
+
+
+@dataclass
 class Expansion:
     """input_ids [batch, length] with every image's V_hy in its place.
 
     tokens: of the expanded rows [batch, n], padded at the end. column: [batch, length], where each of input_ids stands.
-    visual: (rows [images], columns [images, N]) of V_hy, in order of the images.
+    visual: (rows [images], columns [images, N]) of V_hy, in order of the images; no columns where V_hy is not inserted.
+    first: [images], column of each image's first placeholder in input_ids. start: [images], RoPE position where the image begins.
     """
 
     tokens: Tokens
     column: Tensor
     visual: tuple[Tensor, Tensor]
+    first: Tensor
+    start: Tensor
 
     @property
     def num_images(self) -> int:
@@ -96,13 +109,26 @@ def placeholders(config: PreTrainedConfig, input_ids: Tensor, real: Tensor) -> t
     return hit, within, count // run
 
 
-def expand(config: PreTrainedConfig, input_ids: Tensor, real: Tensor, cache: "VocoCache | None" = None) -> Expansion:
-    """Layout of input_ids [batch, length] behind what `cache` holds. `real`: [batch, length] bool, False at padding."""
+def text_token(behind: Behind) -> Expansion:
+    """Layout of one token of text in each row [batch, 1]: `expand` for a step of decoding, without a search for images."""
+    after = behind.after
+    place = torch.full_like(after, behind.num_places)
+    data = torch.stack([torch.full_like(after, TEXT), torch.full_like(after, -1), place, after, after + 1])
+    none = after.new_empty(0)
+    return Expansion(Tokens(data), torch.zeros_like(after), (none, none.view(0, 0)), none, none)
+
+
+def expand(config: PreTrainedConfig, input_ids: Tensor, real: Tensor, behind: Behind | None = None, known: bool = False) -> Expansion:
+    """Layout of input_ids [batch, length] behind others. `real`: [batch, length] bool, False at padding.
+
+    known: the images' keys and values are at hand, so that V_hy is not inserted; positions are the same.
+    """
     batch, length = input_ids.shape
     device, visual = input_ids.device, config.visual_per_image
     hit, within, images = placeholders(config, input_ids, real)
-    inserted = 0 if config.mask == "none" else visual
-    slot = within + inserted  # which of V_hy and voco a placeholder is
+    first_slot = 0 if config.mask == "none" else visual
+    inserted = 0 if known else first_slot
+    slot = within + first_slot  # which of V_hy and voco a placeholder is
     starts = hit & (within == 0)
     offsets, span = visual_offsets(config)
     offsets = offsets.to(device)
@@ -111,9 +137,9 @@ def expand(config: PreTrainedConfig, input_ids: Tensor, real: Tensor, cache: "Vo
     after = advance.cumsum(1)
     first_image = 0
     first_place = 0
-    if cache is not None and cache.tokens is not None:
-        after = after + cache.tokens.data[AFTER, :, -1:]
-        first_image, first_place = cache.num_images, cache.num_places
+    if behind is not None:
+        after = after + behind.after
+        first_image, first_place = behind.num_images, behind.num_places
     number = first_image + (images.cumsum(0) - images)[:, None] + starts.cumsum(1) - 1
     position = torch.where(hit, after - span + offsets[slot.clamp(max=len(offsets) - 1)], after - advance)
     kind = torch.where(hit, torch.where(slot < visual, VISUAL, VOCO), TEXT).masked_fill(~real, PADDING)
@@ -128,13 +154,14 @@ def expand(config: PreTrainedConfig, input_ids: Tensor, real: Tensor, cache: "Vo
         data[field].scatter_(1, column, values)
 
     rows, where = starts.nonzero(as_tuple=True)
-    columns = (column[rows, where] - inserted)[:, None] + torch.arange(visual, device=device)
+    start = after[rows, where] - span
+    columns = (column[rows, where] - inserted)[:, None] + torch.arange(0 if known else visual, device=device)
     if inserted and len(rows):
         at = rows[:, None].expand_as(columns)
         data[KIND, at, columns] = VISUAL
         data[IMAGE, at, columns] = number[rows, where][:, None].expand_as(columns)
-        data[POSITION, at, columns] = (after[rows, where] - span)[:, None] + offsets[:visual]
-    return Expansion(Tokens(data), column, (rows, columns))
+        data[POSITION, at, columns] = start[:, None] + offsets[:visual]
+    return Expansion(Tokens(data), column, (rows, columns), where, start)
 
 
 def allowed(config: PreTrainedConfig, q: Tokens, k: Tokens) -> Tensor:
@@ -160,73 +187,3 @@ def allowed(config: PreTrainedConfig, q: Tokens, k: Tokens) -> Tensor:
     rule = torch.where(q_kind == TEXT, text, torch.where(q_kind == VISUAL, visual, voco))
     rule = rule & (q_kind != PADDING) & (k_kind != PADDING) & (k_place <= q_place)
     return rule | (q_place == k_place)
-
-
-class VocoCache(DynamicCache):
-    """Keys and values of text and voco tokens. V_hy passes through each layer's attention once and is not kept.
-
-    It knows its entries (`tokens`), so more text, and more images, can follow. Its length is that of input_ids.
-    """
-
-    def __init__(self, config: PreTrainedConfig | None = None):
-        super().__init__(config=config)
-        self.tokens: Tokens | None = None
-        self.num_images = 0
-        self.num_places = 0
-        self._kept: Tensor | None = None
-
-    def extend(self, expansion: Expansion) -> Tokens:
-        """Prepare for a pass over `expansion`; returns the keys its queries meet: all entries, then all expanded tokens."""
-        new, past = expansion.tokens, self.tokens
-        kept = new.take(expansion.column)
-        whole = expansion.column.shape[1] == new.data.shape[2]
-        self._kept = None if whole else expansion.column[:, None, :, None]
-        self.num_images += expansion.num_images
-        self.num_places += new.data.shape[2]
-        self.tokens = kept if past is None else Tokens(torch.cat([past.data, kept.data], 2))
-        return new if past is None else Tokens(torch.cat([past.data, new.data], 2))
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """[batch, heads, expanded, head_dim] each; returns those of the entries and of the whole expansion."""
-        if self._kept is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        past = (layer.keys, layer.values) if layer is not None and layer.is_initialized else (None, None)
-        seen, kept = [], []
-        for old, new in zip(past, (key_states, value_states), strict=True):
-            seen.append(new if old is None else torch.cat([old, new], dim=2))
-            kept.append(new.gather(2, self._kept.expand(-1, new.shape[1], -1, new.shape[3])))
-        super().update(*kept, layer_idx, *args, **kwargs)
-        return seen[0], seen[1]
-
-    def select(self, rows: Tensor) -> "VocoCache":
-        """A cache of the given rows [m] of the batch, in this order, repeats allowed; this one stays as it is."""
-        chosen = VocoCache()
-        for index, layer in enumerate(self.layers):
-            super(VocoCache, chosen).update(layer.keys[rows], layer.values[rows], index)
-        chosen.tokens = Tokens(self.tokens.data[:, rows])
-        chosen.num_images, chosen.num_places = self.num_images, self.num_places
-        return chosen
-
-    # What generate() does to a cache, done to `tokens` too.
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.tokens = Tokens(self.tokens.data[:, beam_idx.to(self.tokens.data.device)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.tokens = Tokens(self.tokens.data[:, indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.tokens = Tokens(self.tokens.data.repeat_interleave(repeats, dim=1))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if tokens_to_remove:
-            self.tokens = Tokens(self.tokens.data[:, :, : -abs(tokens_to_remove)])
-
-    def reset(self) -> None:
-        super().reset()
-        self.tokens, self.num_images, self.num_places, self._kept = None, 0, 0, None

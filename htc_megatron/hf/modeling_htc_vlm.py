@@ -1,7 +1,7 @@
 """HTC-VLM for transformers: an image's anchors and patches are compressed into its voco tokens by the language model's own layers.
 
-One forward pass expands every image in place and masks by the rule of mask_htc_vlm.py. generate() does the same once for the
-prompt, keeps the keys and values of voco and text alone, and decodes from those.
+One forward pass expands every image in place and masks by the rule of mask_htc_vlm.py. generate() decodes from the keys and values
+of voco and text alone; where an image's do not depend on what stands around it, it compresses the images by themselves first.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, DynamicCache, GenerationMixin, LlamaModel, LogitsProcessorList, PreTrainedModel, Qwen2Model
-from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+from transformers import CLIPVisionModel, DynamicCache, GenerationMixin, LlamaModel, PreTrainedModel, Qwen2Model
 from transformers.modeling_outputs import ModelOutput
 
+from .cache_htc_vlm import KnownImages, VocoCache
 from .configuration_htc_vlm import HTCVLMConfig
-from .mask_htc_vlm import Expansion, VocoCache, allowed, expand
+from .generation_htc_vlm import VocoGeneration
+from .image_htc_vlm import compress_images, kept_shape, turn, why_not_alone
+from .mask_htc_vlm import Expansion, allowed, expand, text_token
 from .modeling_mgvq import MGVQ
 
 BACKBONES = {"llama": LlamaModel, "qwen2": Qwen2Model}
@@ -123,11 +125,14 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
-    def get_image_features(self, pixel_values: Tensor | None = None, mgvq_pixel_values: Tensor | None = None) -> Tensor:
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, mgvq_pixel_values: Tensor | None = None, mgvq_codes: Tensor | None = None
+    ) -> Tensor:
         """V_hy of each image, [images, N, hidden_size].
 
-        pixel_values: [images, 3, s, s] as CLIP wants them; mgvq_pixel_values: [images, 3, s2, s2] in [-1, 1]. A channel that the
-        model lacks ignores its input; a missing input, or another number of images, raises ValueError.
+        pixel_values: [images, 3, s, s] as CLIP wants them; mgvq_pixel_values: [images, 3, s2, s2] in [-1, 1], or in their place
+        mgvq_codes: [images, positions, groups], what the encoder made of them. A channel that the model lacks ignores its input;
+        a missing input, or another number of images, raises ValueError.
         """
         config, parts = self.config, {}
         if config.channels != "discrete":
@@ -135,12 +140,14 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
             self._check_pixels("pixel_values", pixel_values, side)
             parts["patches"] = self.projector(self.vision_tower(pixel_values).last_hidden_state[:, 1:])
         if config.channels != "continuous":
-            self._check_pixels("mgvq_pixel_values", mgvq_pixel_values, self.mgvq.image_size)
-            q = self.mgvq.lookup(self.mgvq.encode(mgvq_pixel_values))
-            parts["anchors"] = self.anchors(q)
+            if mgvq_codes is None:
+                self._check_pixels("mgvq_pixel_values", mgvq_pixel_values, self.mgvq.image_size)
+                mgvq_codes = self.mgvq.encode(mgvq_pixel_values)
+            parts["anchors"] = self.anchors(self.mgvq.lookup(mgvq_codes))
         if len(parts) == 2 and len(parts["patches"]) != len(parts["anchors"]):
             counts = [len(part) for part in parts.values()]
-            raise ValueError(f"pixel_values hold {counts[0]} images and mgvq_pixel_values {counts[1]}; wanted the same ones in both")
+            other = "mgvq_codes" if mgvq_pixel_values is None else "mgvq_pixel_values"
+            raise ValueError(f"pixel_values hold {counts[0]} images and {other} {counts[1]}; wanted the same ones in both")
         order = ("patches", "anchors") if config.fusion == "post" else ("anchors", "patches")
         return torch.cat([parts[name] for name in order if name in parts], 1)
 
@@ -158,36 +165,47 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
         attention_mask: Tensor | None = None,
         past_key_values: VocoCache | None = None,
         use_cache: bool | None = None,
+        mgvq_codes: Tensor | None = None,
+        image_keys_values: Tensor | None = None,
         **kwargs,
     ) -> HTCVLMOutput:
         """input_ids [batch, length] of what follows the cache, attention_mask [batch, (cached +) length] of 0 and 1.
 
-        Images are those of the rows in order. last_hidden_state is [batch, length, hidden_size].
+        Images are those of the rows in order, given by pixels or by image_keys_values [images, layers, 2, heads, K, head_dim], which
+        compress_images made of them. last_hidden_state is [batch, length, hidden_size]; it is NaN at placeholders of images given by
+        keys and values, where nothing is computed.
         """
         for name in ("inputs_embeds", "position_ids"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} cannot be given: HTC-VLM makes it from input_ids and attention_mask")
-        cache = self._cache(past_key_values, use_cache)
+        pixels = {"pixel_values": pixel_values, "mgvq_pixel_values": mgvq_pixel_values, "mgvq_codes": mgvq_codes}
+        known, given = image_keys_values is not None, any(x is not None for x in pixels.values())
+        cache = self._cache(past_key_values, use_cache, known)
         real = self._real(input_ids, attention_mask, cache)
-        expansion = expand(self.config, input_ids, real, cache)
+        behind = None if cache is None else cache.behind
+        step = behind is not None and input_ids.shape[1] == 1 and not given and not known
+        step = step and bool((real & (input_ids != self.config.image_token_id)).all())
+        expansion = text_token(behind) if step else expand(self.config, input_ids, real, behind, known)
 
         embeds = self._expanded_embeddings(input_ids, expansion)
         features = None
-        given = pixel_values is not None or mgvq_pixel_values is not None
-        if expansion.num_images or given:
-            features = self.get_image_features(pixel_values, mgvq_pixel_values)
-            if len(features) != expansion.num_images:
-                raise ValueError(f"input_ids have places for {expansion.num_images} images, but {len(features)} were given; wanted as many")
+        if known:
+            images = self._known_images(image_keys_values, expansion, given)
+        elif expansion.num_images or given:
+            features = self.get_image_features(**pixels)
+            self._check_count(len(features), expansion)
             rows, columns = expansion.visual
             embeds = embeds.index_put((rows[:, None], columns), features.to(embeds.dtype))
 
-        keys = expansion.tokens if cache is None else cache.extend(expansion)
-        mask = allowed(self.config, expansion.tokens, keys)[:, None]
-        if self.config.text_config._attn_implementation != "sdpa":  # eager adds its mask to the scores
-            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+        if step:
+            mask = cache.extend_by_text(self.config, expansion)
+        elif cache is not None:
+            mask = cache.extend(self.config, expansion, images if known else None)
+        else:
+            mask = allowed(self.config, expansion.tokens, expansion.tokens)
         outputs = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=self._attention_mask(mask, embeds, cache),
             position_ids=expansion.tokens.position,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -196,16 +214,64 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
         hidden = outputs.last_hidden_state
         if hidden.shape[1] != input_ids.shape[1]:
             hidden = hidden.gather(1, expansion.column[:, :, None].expand(-1, -1, hidden.shape[2]))
+        if known:
+            hidden = hidden.index_put((images.rows[:, None], images.columns), hidden.new_tensor(torch.nan))
         return HTCVLMOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
             expansion=expansion,
         )
 
-    def _cache(self, given: VocoCache | None, use_cache: bool | None) -> VocoCache | None:
+    @torch.no_grad()
+    def compress_images(self, **pixels: Tensor) -> Tensor:
+        """Keys and values of the voco tokens of images, given as to get_image_features: [images, layers, 2, heads, K, head_dim].
+
+        They belong in any prompt, wherever the image stands in it, as image_keys_values. Raises ValueError for a model whose images
+        cannot be computed by themselves.
+        """
+        if reason := why_not_alone(self.config):
+            raise ValueError(f"images cannot be compressed by themselves: {reason}")
+        voco = self.get_input_embeddings().weight[self.config.image_token_id]
+        features = self.get_image_features(**pixels)
+        return compress_images(self.language_model, self.config, features.to(voco.dtype), voco)
+
+    def _known_images(self, keys_values: Tensor, expansion: Expansion, given: bool) -> KnownImages:
+        """The images of a pass from their keys and values."""
+        if given:
+            raise ValueError("image_keys_values and pixels are both given; wanted one of them")
+        if reason := why_not_alone(self.config):
+            raise ValueError(f"image_keys_values cannot be used: {reason}")
+        wanted = kept_shape(self.config)
+        if keys_values.shape[1:] != wanted:
+            raise ValueError(f"image_keys_values have shape {tuple(keys_values.shape)}; wanted [images, {', '.join(map(str, wanted))}]")
+        self._check_count(len(keys_values), expansion)
+        run = torch.arange(self.config.image_seq_length, device=expansion.first.device)
+        keys_values = keys_values.to(expansion.start.device)
+        keys = turn(keys_values[:, :, 0], self.language_model.rotary_emb, expansion.start)
+        return KnownImages(expansion.visual[0], expansion.first[:, None] + run, keys, keys_values[:, :, 1])
+
+    @staticmethod
+    def _check_count(count: int, expansion: Expansion) -> None:
+        if count != expansion.num_images:
+            raise ValueError(f"input_ids have places for {expansion.num_images} images, but {count} were given; wanted as many")
+
+    def _attention_mask(self, mask: Tensor | None, embeds: Tensor, cache: VocoCache | None) -> Tensor | None:
+        """The rule's mask [batch, queries, keys], None where everything is seen, as the backbone wants it."""
+        text = self.config.text_config
+        fused = text._attn_implementation == "sdpa"
+        if mask is None:
+            if fused and "sliding_attention" not in (getattr(text, "layer_types", None) or ()):
+                return None  # a single query, which SDPA lets see every key
+            mask = torch.ones(len(embeds), 1, cache.get_seq_length() + 1, dtype=torch.bool, device=embeds.device)
+        mask = mask[:, None]
+        if fused:
+            return mask
+        return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)  # eager adds it to the scores
+
+    def _cache(self, given: VocoCache | None, use_cache: bool | None, known: bool) -> VocoCache | None:
         if isinstance(given, VocoCache):
             return given
         # An empty DynamicCache is what generate() makes by itself.
@@ -213,7 +279,7 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
             seen = type(given).__name__ + (" that offloads" if given.offloading else "")
             wanted = "a VocoCache, which forward and compress return, or none and no cache_implementation"
             raise ValueError(f"past_key_values is a {seen}; wanted {wanted}")
-        return VocoCache(self.config.text_config) if use_cache or given is not None else None
+        return VocoCache() if use_cache or given is not None or known else None  # what is known enters a pass through the cache
 
     def _real(self, input_ids: Tensor, attention_mask: Tensor | None, cache: VocoCache | None) -> Tensor:
         batch, length = input_ids.shape
@@ -235,7 +301,7 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
         return empty.scatter(1, expansion.column[:, :, None].expand_as(embeds), embeds)
 
 
-class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
+class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, VocoGeneration, GenerationMixin):
     """HTC-VLM with its output layer. Use it as any vision-language model of transformers."""
 
     def __init__(self, config: HTCVLMConfig):
@@ -256,9 +322,15 @@ class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: Tensor | None = None, mgvq_pixel_values: Tensor | None = None) -> Tensor:
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, mgvq_pixel_values: Tensor | None = None, mgvq_codes: Tensor | None = None
+    ) -> Tensor:
         """V_hy of each image, [images, N, hidden_size]; see HTCVLMModel."""
-        return self.model.get_image_features(pixel_values, mgvq_pixel_values)
+        return self.model.get_image_features(pixel_values, mgvq_pixel_values, mgvq_codes)
+
+    def compress_images(self, **pixels: Tensor) -> Tensor:
+        """Keys and values of images' voco tokens, [images, layers, 2, heads, K, head_dim]; see HTCVLMModel."""
+        return self.model.compress_images(**pixels)
 
     def forward(
         self,
@@ -271,9 +343,11 @@ class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        mgvq_codes: Tensor | None = None,
+        image_keys_values: Tensor | None = None,
         **kwargs,
     ) -> HTCVLMOutput | tuple:
-        """One pass over input_ids [batch, length] behind the cache, if any.
+        """One pass over input_ids [batch, length] behind the cache, if any; images as in HTCVLMModel.
 
         labels: [batch, length], -100 where there is no loss; not shifted. logits_to_keep: the last so many columns (0: all),
         or their numbers. Bad input raises ValueError.
@@ -281,8 +355,10 @@ class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("input_ids are missing; HTC-VLM takes no inputs_embeds, since it must see where images stand")
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        images = dict(pixel_values=pixel_values, mgvq_pixel_values=mgvq_pixel_values)
+        images |= dict(mgvq_codes=mgvq_codes, image_keys_values=image_keys_values)
         outputs = self.model(
-            input_ids, pixel_values, mgvq_pixel_values, attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, **images, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs.logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -291,64 +367,3 @@ class HTCVLMForConditionalGeneration(HTCVLMPreTrainedModel, GenerationMixin):
             outputs.loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab, **loss_arguments)
         outputs.last_hidden_state = None
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
-
-    @torch.no_grad()
-    def compress(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        mgvq_pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> VocoCache:
-        """What prompts that begin alike share: the cache of input_ids [batch, length], voco and text alone.
-
-        Without input_ids every image is a row of its own with nothing in front of it. `cache.select(rows)` makes the
-        past_key_values of a batch: generate(input_ids of the whole prompts, past_key_values=...) goes on behind it.
-        """
-        if input_ids is None:
-            pixels = pixel_values if pixel_values is not None else mgvq_pixel_values
-            if pixels is None:
-                raise ValueError("compress needs input_ids or images")
-            input_ids = torch.full((len(pixels), self.config.image_seq_length), self.config.image_token_id, device=pixels.device)
-        return self.model(input_ids, pixel_values, mgvq_pixel_values, attention_mask, use_cache=True).past_key_values
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config=None, logits_processor: LogitsProcessorList | None = None, **kwargs):
-        """As GenerationMixin's, from a cache that holds no V_hy. The placeholder itself is never generated."""
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("generate takes input_ids, not inputs_embeds: HTC-VLM must see where images stand")
-        if kwargs.get("tokenizer") is not None:  # `transformers serve` gives the processor, which stop strings cannot use
-            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
-        device = (inputs if inputs is not None else kwargs.get("input_ids", self.lm_head.weight)).device
-        processors = LogitsProcessorList(logits_processor or [])
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
-        return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused with ValueError, and generate_batch with it: a paged cache would keep V_hy and know nothing of the rule."""
-        raise ValueError("HTC-VLM cannot be run by continuous batching, whose cache would keep every image's V_hy; use generate")
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs) -> dict:
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        inputs.pop("position_ids", None)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "mgvq_pixel_values"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, dict]:
-        """Beams and several answers: a row's images are repeated together, not one by one."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "mgvq_pixel_values")}
-        count = None
-        if expand_size > 1 and any(x is not None for x in images.values()):
-            mask = kwargs.get("attention_mask")
-            hit = input_ids == self.config.image_token_id
-            count = ((hit & mask.bool()) if mask is not None else hit).sum(1) // self.config.image_seq_length
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        for name, pixels in images.items():
-            if pixels is not None and count is not None and int(count.sum()) == len(pixels):
-                pixels = torch.cat([part for rows in pixels.split(count.tolist()) for part in [rows] * expand_size])
-            kwargs[name] = pixels
-        return input_ids, kwargs

@@ -1,5 +1,12 @@
-"""Use an exported model: compress each image once, answer many questions."""
+"""Use an exported model: compress each image once, answer many questions.
+
+answer.py    questions to answers, images from pixels or from a store
+store.py     images' keys and values on disk
+compress.py  image files into a store
+"""
 
 from htc_megatron.inference.answer import answer, ask, load
+from htc_megatron.inference.compress import compress_into, image_files
+from htc_megatron.inference.store import ImageStore
 
-__all__ = ["answer", "ask", "load"]
+__all__ = ["ImageStore", "answer", "ask", "compress_into", "image_files", "load"]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from htc_megatron.config import ConfigError
-from htc_megatron.hf.mask_htc_vlm import VocoCache
+from htc_megatron.hf.cache_htc_vlm import VocoCache
+from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
+from htc_megatron.inference.store import ImageStore
 
 
 def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
@@ -31,8 +33,14 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
 
 
 def prompt(processor: HTCVLMProcessor, question: str, num_images: int = 1) -> str:
-    """The chat template's prompt for a question behind so many images."""
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    """The chat template's prompt for a question behind so many images, or with them where "<image>" in the question says.
+
+    Raises ConfigError where it says it another number of times.
+    """
+    said = question.count(IMAGE_TOKEN)
+    if said and said != num_images:
+        raise ConfigError(f"the question has {said} {IMAGE_TOKEN}, but {num_images} images were given; wanted as many")
+    content = [{"type": "image"}] * (0 if said else num_images) + [{"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -40,36 +48,40 @@ def answer(
     model: HTCVLMForConditionalGeneration,
     processor: HTCVLMProcessor,
     images: Sequence[Any],
-    questions: Sequence[tuple[int, str]],
+    questions: Sequence[tuple[int | Sequence[int], str]],
     max_new_tokens: int = 16,
     batch_size: int = 256,
     images_at_once: int = 64,
     progress: Callable[[Iterable], Iterable] = iter,
+    store: ImageStore | None = None,
+    **options: Any,
 ) -> list[str]:
-    """Greedy answers to `questions`, each (number of its image in `images`, text), in their order.
+    """Answers to `questions`, each (number of its image in `images`, or numbers of several, text), in their order.
 
-    images: what the processor takes: PIL images, paths, arrays. Up to `images_at_once` of them are compressed together, each once
-    for every beginning its prompts share; batches of `batch_size` questions then start from the compressed caches. Works for every
-    kind of mask; with mask none the cache holds the whole image. progress: wraps the iteration over groups of images.
-    Raises ConfigError where a question names no image.
+    images: what the processor takes: PIL images, paths, arrays; with a store, files that are in it, which are then not encoded.
+    Images are taken up to about `images_at_once` together; what prompts begin with, up to their last image, is run once for each
+    beginning, and batches of `batch_size` questions start from there. Works for every kind of mask; with mask none the cache holds
+    the whole image. progress: wraps the iteration over groups of images. options: generate's; greedy unless they say otherwise.
+    Raises ConfigError where a question names no image, or one that is not there.
     """
-    by_image: dict[int, list[int]] = {}
-    for index, (image, _) in enumerate(questions):
-        if not 0 <= image < len(images):
-            raise ConfigError(f"question {index} is about image {image}, but there are {len(images)} images")
-        by_image.setdefault(image, []).append(index)
-    texts = dict.fromkeys(text for _, text in questions)
-    spelled = {text: processor.encode(prompt(processor, text)) for text in texts}
+    by_images: dict[tuple[int, ...], list[int]] = {}
+    spelled = []
+    for index, (named, text) in enumerate(questions):
+        numbers = (named,) if isinstance(named, int) else tuple(named)
+        if not numbers or not all(0 <= number < len(images) for number in numbers):
+            raise ConfigError(f"question {index} is about image {named}, but there are {len(images)} images")
+        by_images.setdefault(numbers, []).append(index)
+        spelled.append((len(numbers), text))
+    ids_of = {key: processor.encode(prompt(processor, key[1], key[0])) for key in dict.fromkeys(spelled)}
+    options = {"do_sample": False} | options
     answers = [""] * len(questions)
-    wanted = sorted(by_image)
-    for start in progress(range(0, len(wanted), images_at_once)):
-        chunk = wanted[start : start + images_at_once]
-        indices = [index for image in chunk for index in by_image[image]]
-        ids = [spelled[questions[index][1]] for index in indices]
+    for chunk in progress(_chunks(sorted(by_images), images_at_once)):
+        about = [(numbers, index) for numbers in chunk for index in by_images[numbers]]
+        ids = [ids_of[spelled[index]] for _, index in about]
         cut = [len(row) - row[::-1].index(processor.image_token_id) for row in ids]
-        begun: dict[tuple, int] = {}  # (image, ids up to its last placeholder) -> row of the cache
-        rows = [begun.setdefault((questions[i][0], *row[:c]), len(begun)) for i, row, c in zip(indices, ids, cut, strict=True)]
-        cache, prefix, mask = _compress(model, processor, images, list(begun))
+        begun: dict[tuple, int] = {}  # (images, ids up to the last placeholder) -> row of the cache
+        rows = [begun.setdefault((numbers, tuple(row[:c])), len(begun)) for (numbers, _), row, c in zip(about, ids, cut, strict=True)]
+        cache, prefix, mask = _begin(model, processor, images, list(begun), store)
         rest = [row[c:] for row, c in zip(ids, cut, strict=True)]
         order = sorted(range(len(rest)), key=lambda j: len(rest[j]))  # rows of like length together
         for first in range(0, len(order), batch_size):
@@ -81,24 +93,52 @@ def answer(
                 attention_mask=torch.cat([mask[at], tail_mask], 1),
                 past_key_values=cache.select(at),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **options,
             )
             decoded = processor.batch_decode(made[:, prefix.shape[1] + tail.shape[1] :], skip_special_tokens=True)
             for j, text in zip(batch, decoded, strict=True):
-                answers[indices[j]] = text.strip()
+                answers[about[j][1]] = text.strip()
     return answers
 
 
-def _compress(
-    model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any], begun: list[tuple]
+def _chunks(groups: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
+    """Groups of images in stretches of about `size` images."""
+    chunks: list[list[tuple[int, ...]]] = []
+    room = 0
+    for group in groups:
+        if room <= 0:
+            chunks.append([])
+            room = size
+        chunks[-1].append(group)
+        room -= len(group)
+    return chunks
+
+
+def _begin(
+    model: HTCVLMForConditionalGeneration,
+    processor: HTCVLMProcessor,
+    images: Sequence[Any],
+    begun: list[tuple[tuple[int, ...], tuple[int, ...]]],
+    store: ImageStore | None,
 ) -> tuple[VocoCache, Tensor, Tensor]:
-    """Cache, ids and attention mask of the beginnings (image, *ids)."""
-    ids, mask = _pad([list(key[1:]) for key in begun], processor, model.device)
-    numbers = {image: place for place, image in enumerate(dict.fromkeys(key[0] for key in begun))}
-    pixels = processor.image_processor.preprocess([images[image] for image in numbers])
-    places = torch.tensor([numbers[key[0]] for key in begun])
-    inputs = {name: values[places].to(model.device) for name, values in pixels.items()}
+    """Cache, ids and attention mask of beginnings (images, ids)."""
+    ids, mask = _pad([list(row) for _, row in begun], processor, model.device)
+    numbers = {image: place for place, image in enumerate(dict.fromkeys(image for named, _ in begun for image in named))}
+    places = torch.tensor([numbers[image] for named, _ in begun for image in named])
+    inputs = _inputs(model, processor, [images[image] for image in numbers], store)
+    if store is None and not why_not_alone(model.config):  # each once, however many beginnings it has
+        inputs = {"image_keys_values": model.compress_images(**inputs)}
+    inputs = {name: values[places.to(values.device)] for name, values in inputs.items()}
     return model.compress(ids, attention_mask=mask, **inputs), ids, mask
+
+
+def _inputs(
+    model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any], store: ImageStore | None
+) -> dict[str, Tensor]:
+    """What the model takes of images, one a row."""
+    if store is not None:
+        return {"image_keys_values": store.load(images)}
+    return {name: values.to(model.device) for name, values in processor.image_processor.preprocess(images).items()}
 
 
 def _pad(rows: list[list[int]], processor: HTCVLMProcessor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -111,16 +151,18 @@ def _pad(rows: list[list[int]], processor: HTCVLMProcessor, device: torch.device
 
 
 def ask(
-    model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any], question: str, max_new_tokens: int = 128
+    model: HTCVLMForConditionalGeneration,
+    processor: HTCVLMProcessor,
+    images: Sequence[Any],
+    question: str,
+    max_new_tokens: int = 128,
+    store: ImageStore | None = None,
 ) -> str:
     """Greedy answer to one question about all of `images` together; none is allowed.
 
-    The images stand in front of the question, unless it says where by "<image>".
+    The images stand in front of the question, unless it says where by "<image>". With a store they are files that are in it.
     """
-    count = 0 if IMAGE_TOKEN in question else len(images)
-    text = prompt(processor, question, count)
-    if text.count(IMAGE_TOKEN) != len(images):
-        raise ConfigError(f"the question has {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN}, but {len(images)} images were given; wanted as many")
-    inputs = processor(text=text, images=list(images) or None, return_tensors="pt").to(model.device)
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    ids, mask = _pad([processor.encode(prompt(processor, question, len(images)))], processor, model.device)
+    inputs = _inputs(model, processor, images, store) if images else {}
+    made = model.generate(ids, attention_mask=mask, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()

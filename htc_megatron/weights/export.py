@@ -28,7 +28,8 @@ STORED = "stored"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MGVQ_PREFIX, LM_HEAD = "model.mgvq.", "lm_head.weight"
 EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
-CODE_FILES = ("configuration_htc_vlm", "mask_htc_vlm", "modeling_htc_vlm", "modeling_mgvq", "processing_htc_vlm")
+CODE_PARTS = ("cache", "configuration", "generation", "image", "mask", "modeling", "processing")
+CODE_FILES = (*(f"{part}_htc_vlm" for part in CODE_PARTS), "modeling_mgvq")
 AUTO_CONFIG = {  # in config.json; the processor's file gets its own from register_for_auto_class
     "AutoConfig": "configuration_htc_vlm.HTCVLMConfig",
     "AutoModel": "modeling_htc_vlm.HTCVLMModel",
