@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from htc_megatron.config import RunConfig
 from htc_megatron.model.attention import FullAttention, LayoutAttention
 from htc_megatron.model.lora import Fused, LoraColumnParallelLinear, LoraRowParallelLinear
+from htc_megatron.model.stages import layers_of_stages
 from htc_megatron.weights.table import LINEARS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,7 +93,7 @@ def _layer_spec(norm: type, core_attention: type, mask_type: AttnMaskType, linea
 def backbone_spec(config: RunConfig) -> TransformerBlockSubmodules:
     """Layers of one pipeline stage and the block's final norm (built on the last stage only)."""
     spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal, _adapted_linears(config))
-    layers = config.model.backbone.num_layers // config.parallel.pipeline_model_parallel_size
+    layers = layers_of_stages(config)[parallel_state.get_pipeline_model_parallel_rank()]
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
@@ -156,6 +157,7 @@ def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
         num_attention_heads=bb.num_attention_heads,
         num_query_groups=bb.num_query_groups,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_stage_layout(config),
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=PRECISIONS[config.training.precision],
         add_bias_linear=False,
@@ -167,6 +169,14 @@ def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
         **recompute,
         **_common(config, on_cpu),
     )
+
+
+def _stage_layout(config: RunConfig) -> list[list[str]] | None:
+    """The stages in mcore's words, which gives layers their numbers over all stages by them."""
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return None
+    stages = [["decoder"] * layers for layers in layers_of_stages(config)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def vision_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
