@@ -153,6 +153,9 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # layers of each pipeline stage: such that the slowest is as fast as it can be (model/stages.py) | the same number | a list
+    layers_per_stage: Literal["balanced", "even"] | tuple[int, ...] = "balanced"
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks of a stage; more than one is refused
     sequence_parallel: bool = False  # norms and residuals of the backbone split over TP along the sequence
     reduce_once: bool = False  # one gradient reduction a step instead of one a micro-batch; holds one full stage gradient
     recompute: Literal["none", "selective", "full"] = "none"  # activations kept | attention recomputed | layers recomputed

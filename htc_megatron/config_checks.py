@@ -173,8 +173,24 @@ def _tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
 
 
 def _pipeline(config: RunConfig) -> Iterator[str]:
-    pp = config.parallel.pipeline_model_parallel_size
-    yield from _divides("model.backbone.num_layers", config.model.backbone.num_layers, pp, "pipeline_model_parallel_size")
+    parallel, layers = config.parallel, config.model.backbone.num_layers
+    pp, wanted, key = parallel.pipeline_model_parallel_size, parallel.layers_per_stage, "parallel.layers_per_stage"
+    if wanted == "even":
+        yield from _divides("model.backbone.num_layers", layers, pp, "pipeline_model_parallel_size (layers_per_stage even)")
+    elif wanted == "balanced":
+        if layers < pp:
+            yield f"model.backbone.num_layers: got {layers}, wanted a layer for each stage of pipeline_model_parallel_size, {pp}"
+    elif len(wanted) != pp:
+        yield f"{key}: got {len(wanted)} stages, wanted one for each of pipeline_model_parallel_size, {pp}"
+    elif sum(wanted) != layers:
+        yield f"{key}: got {sum(wanted)} layers together, wanted model.backbone.num_layers, {layers}"
+
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks > 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size: got {chunks}, wanted 1: a DeepSpeed engine for each model chunk would clip by "
+            "that chunk's gradient norm alone, and one engine over several chunks is not tested equal to one process"
+        )
 
 
 def _sequence(config: RunConfig) -> Iterator[str]:

@@ -47,7 +47,11 @@ def from_dict(tree: dict, kind: type[Config] = RunConfig, source: str = "") -> C
         try:
             return TypeAdapter(kind).validate_json(json.dumps(tree, default=str), strict=True)
         except ValidationError as error:
-            faults = [_sentence(fault, kind) for fault in error.errors(include_url=False)]
+            of_keys: dict[str, str] = {}  # a value that fits neither member of a union is a fault of both: the first one tells
+            for fault in error.errors(include_url=False):
+                text = _sentence(fault, kind)
+                of_keys.setdefault(text.partition(": ")[0], text)
+            faults = [*of_keys.values()]
     raise ConfigError("\n".join(f"{source}: {fault}" if source else fault for fault in dict.fromkeys(faults)))
 
 

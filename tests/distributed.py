@@ -43,7 +43,22 @@ ENVIRONMENT = {
     "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up the name of every peer, and a lost DNS packet would cost 5 seconds a job
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),  # a host name that does not resolve must not matter
 }
-PRELOAD = ["pytest", "torch", "torch.distributed", "deepspeed", "megatron.core.models.gpt", "megatron.core.pipeline_parallel.schedules"]
+PRELOAD = [  # what any job imports, so that no new worker takes a second for it; nothing of ours, which the job's own path decides
+    "pytest",
+    "torch",
+    "torch.distributed",
+    "torch.utils.tensorboard",
+    "deepspeed",
+    "megatron.core.models.gpt",
+    "megatron.core.pipeline_parallel.schedules",
+    "transformers.generation",
+    "transformers.image_processing_utils",
+    "transformers.processing_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+]
 JOBS_PER_WORKER = 10  # every process group of gloo leaves threads and sockets behind: after a hundred jobs they would take the machine
 GRACE = 4.0  # seconds the other ranks get to answer after one has failed: most errors come from all ranks at once
 LOG_TAIL = 6000  # characters of a rank's output shown with a failure

@@ -93,7 +93,7 @@ def adapter_gradients(changes: dict, left_out: str = "") -> dict[str, Tensor]:
 def whole_model(config: RunConfig, tp_rank: int = 0, tp_size: int = 1) -> tuple[HTCVLM, list[Entry]]:
     """A TP rank's share of the model, without pipeline and ZeRO, filled."""
     stage = HTCVLM(config, True, True, tp_rank, torch.device("cpu"))
-    entries = stage_entries(stage, config.model, 0, 1)
+    entries = stage_entries(stage, config.model, 0)
     for entry in entries:
         entry.param.data.copy_(random_b(entry.weight, 1, tp_rank, tp_size).view(entry.param.shape))
     return stage.train(), entries

@@ -19,11 +19,11 @@ LAYOUTS = {  # name: (ranks, TP, PP, ZeRO stage)
 FREEZE = ["vision"]  # a frozen part belongs in every checkpoint too
 
 
-def setup(tp: int, pp: int, stage: int, tied: bool = False):
+def setup(tp: int, pp: int, stage: int, tied: bool = False, layers: str | list[int] = "balanced"):
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.training.build import build_engine, checkpoint_state
 
-    sizes = dict(parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp)
+    sizes = dict(parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp, parallel__layers_per_stage=layers)
     config = tiny_config(**sizes, training__freeze=FREEZE, model__backbone__tie_word_embeddings=tied)
     groups = process_groups.initialise(config.parallel, config.training.seed)
     zero = {"zero_optimization": {"stage": stage}}
@@ -67,6 +67,14 @@ def interrupted(layout, sources, out):
     return results
 
 
+def carried(layout, source, out) -> None:
+    """Load and save again, with no step between."""
+    config, _, engine, state = setup(*layout)
+    step = load(source, state).step
+    save(out, state, step=step, config=config)
+    engine.destroy()
+
+
 def tensors(folder) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(folder)
     reader.check_model()
@@ -107,6 +115,19 @@ def assert_same_run(name: str, ours, theirs, exactly: bool) -> None:
         assert one == pytest.approx(other, rel=1e-5), name
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, where=f"{name}, {key}": f"{where}: {text}")
+
+
+def test_stages_of_unequal_depth_hold_the_same_checkpoint(ranks, tmp_path):
+    """Weights and moments go through stages of other depths and other ZeRO stages without changing a bit."""
+    ways = [(1, 2, 3, False, [1, 3]), (1, 2, 1, False, "even"), (2, 2, 3, False, [3, 1]), (1, 2, 2, False, "balanced")]
+    ranks(4).run(uninterrupted, ways[0], tmp_path / "0")
+    source, first = tmp_path / "0" / "end", tensors(tmp_path / "0" / "end")
+    for number, way in enumerate(ways[1:], 1):
+        ranks(4).run(carried, way, source, tmp_path / str(number))
+        source = tmp_path / str(number)
+        found = tensors(source)
+        assert found.keys() == first.keys()
+        assert all(torch.equal(found[key], first[key]) for key in first), way
 
 
 ONE, TP2_PP2, TP2_PP2_ZERO3 = LAYOUTS["one process"], LAYOUTS["TP2 x PP2"], (4, 2, 2, 3)

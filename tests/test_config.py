@@ -128,6 +128,11 @@ BAD_TEXT = [
     ("parallel: {reduce_once: 1}", "parallel.reduce_once: got 1, wanted true or false"),
     ("parallel: {sequence_parallel: 'yes'}", "parallel.sequence_parallel: got 'yes', wanted true or false"),
     ("parallel: {recompute: some}", "parallel.recompute: got 'some', wanted none, selective or full"),
+    ("parallel: {layers_per_stage: some}", "parallel.layers_per_stage: got 'some', wanted balanced or even or a list, each entry a whole"),
+    (
+        "parallel: {layers_per_stage: [3, x]}",
+        'parallel.layers_per_stage: got [3, "x"], wanted balanced or even or a list, each',
+    ),
     ("tokenizer: 32000", "tokenizer: got 32000, wanted text"),
     ("training: {precision: fp16}", "training.precision: got 'fp16', wanted bf16 or fp32: DeepSpeed's fp16 raises on pipeline stages"),
     ("training: {precision: int8}", "training.precision: got 'int8', wanted fp32 or bf16"),
@@ -188,6 +193,7 @@ def test_every_fault_is_named_at_once(tmp_path):
 # ------------------------------------------------------------------------------------------------- what does not fit
 
 TP, PP, SP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel"
+LAYERS = "parallel.layers_per_stage"
 MASK, CHANNELS, SEES = "model.method.mask", "model.method.channels", "model.method.text_sees"
 # (overrides, number of processes, the sentence)
 BAD_COMBINATIONS = [
@@ -201,7 +207,20 @@ BAD_COMBINATIONS = [
     ({TP: 32}, 32, "model.vision.num_attention_heads: got 16, wanted a multiple of tensor_model"),
     ({TP: 2, "model.vision.ffn_hidden_size": 4097}, 2, "model.vision.ffn_hidden_size: got 4097"),
     ({TP: 2, "model.method.anchor_hidden_size": 333}, 2, "model.method.anchor_hidden_size: got 333"),
-    ({PP: 5}, 5, "model.backbone.num_layers: got 32, wanted a multiple of pipeline_model_parallel_size, 5"),
+    (
+        {PP: 5, LAYERS: "even"},
+        5,
+        "model.backbone.num_layers: got 32, wanted a multiple of pipeline_model_parallel_size (layers_per_stage even), 5",
+    ),
+    ({PP: 33}, 33, "model.backbone.num_layers: got 32, wanted a layer for each stage of pipeline_model_parallel_size, 33"),
+    ({PP: 2, LAYERS: [16, 8, 8]}, 2, f"{LAYERS}: got 3 stages, wanted one for each of pipeline_model_parallel_size, 2"),
+    ({PP: 2, LAYERS: [16, 15]}, 2, f"{LAYERS}: got 31 layers together, wanted model.backbone.num_layers, 32"),
+    ({PP: 2, LAYERS: [0, 32]}, 2, f"{LAYERS}: got 0, wanted a positive number"),
+    (
+        {PP: 2, "parallel.virtual_pipeline_model_parallel_size": 2},
+        2,
+        "parallel.virtual_pipeline_model_parallel_size: got 2, wanted 1: a DeepSpeed engine for each model chunk would clip by",
+    ),
     (
         {TP: 2, SP: True, "training.seq_length": 1023},
         2,
@@ -279,6 +298,9 @@ def test_what_does_not_fit_gets_its_sentence(changes, world_size, wanted):
 
 def test_what_fits_is_accepted():
     check(changed({TP: 2, SP: True, PP: 4}), 16)
+    check(changed({PP: 5}), 5)
+    check(changed({PP: 2, LAYERS: "even"}), 2)
+    check(changed({PP: 2, LAYERS: [31, 1]}), 2)
     check(changed({MASK: "none", "model.method.num_voco_tokens": 0, "model.method.voco_token_id": 10**6}), 2)
     # the sizes of a channel that is not there do not matter
     check(changed({CHANNELS: "continuous", "model.mgvq.image_size": 5, "model.method.num_anchors": 0}), 1)

@@ -36,7 +36,7 @@ def gradients(method: dict, recompute: str, **changes) -> tuple[dict, dict]:
     config = tiny_config(parallel__recompute=recompute, **{f"model__method__{key}": value for key, value in method.items()}, **changes)
     process_groups.initialise(config.parallel, 0)
     stage = HTCVLM(config, True, True, 0, torch.device("cpu"))
-    entries = stage_entries(stage, config.model, 0, 1)
+    entries = stage_entries(stage, config.model, 0)
     for entry in entries:
         entry.param.data.copy_(initial_value(entry.weight, 1, 0, 1).view(entry.param.shape))
     batch = micro_batch(config, 4, "id")

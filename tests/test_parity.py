@@ -98,6 +98,22 @@ def test_frozen_components(ranks, frozen, zero):
     assert_same(steps_of(ranks, Layout(pp=2, dp=2, zero=zero), parallel__recompute="full", **changes), reference)
 
 
+UNEQUAL = [  # (layout, layers of its stages, what is frozen)
+    (Layout(pp=2), [5, 1], []),
+    (Layout(pp=4, zero=3, recompute="full"), [1, 3, 1, 1], []),
+    (Layout(tp=2, pp=2, zero=3, sequence_parallel=True), [2, 4], []),
+    (Layout(tp=2, pp=2, dp=2, recompute="selective"), [1, 5], FROZEN["align: projectors alone"]),
+    (Layout(pp=2, dp=2, zero=3, recompute="full"), [4, 2], FROZEN["align: projectors alone"]),
+]
+
+
+@pytest.mark.parametrize("layout, layers, frozen", UNEQUAL, ids=str)
+def test_stages_of_unequal_depth(ranks, layout, layers, frozen):
+    changes = {"model__backbone__num_layers": 6, "training__freeze": frozen}
+    ours = steps_of(ranks, layout, parallel__layers_per_stage=layers, **changes)
+    assert_same(ours, steps_of(ranks, REFERENCE, **changes))
+
+
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(tp=2, pp=2, zero=3), Layout(pp=2, dp=2, zero=2)], ids=str)
 def test_bf16(ranks, layout):
     """bf16 rounds at 2^-8. TP splits products whose parts are rounded, so losses move by half of that and norms by a few of it,

@@ -114,7 +114,7 @@ def _picture(prepared: torch.Tensor, pixels: torch.Tensor) -> int:
 
 BAD_RUNS = {
     "heads over TP": (["parallel.tensor_model_parallel_size=8"], 8, "num_attention_heads"),
-    "layers over PP": (["parallel.pipeline_model_parallel_size=3"], 3, "num_layers"),
+    "layers over PP": (["parallel.pipeline_model_parallel_size=3"], 3, "num_layers: got 2"),
     "world size": (["parallel.pipeline_model_parallel_size=2"], 1, "world size|processes|WORLD_SIZE"),
     "fp16": (["training.precision=fp16"], 1, "fp16"),
     "unknown key": (["training.learning_rate=1"], 1, "learning_rate"),
@@ -224,6 +224,12 @@ def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, world_s
     events = EventAccumulator(str(tmp_path / "goes_on" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("checkpoint/stall_s")] == [2, 4, 6, 8]
     assert all(event.value > 0 for event in events.Scalars("checkpoint/write_s"))
+    assert ("pipeline: layers 1 | 1, computed cost " in output) == ("pipeline/idle_share" in events.Tags()["scalars"]) == (PP2[0] in layout)
+    if PP2[0] in layout:
+        mean, *stages = ([event.value for event in events.Scalars(f"pipeline/idle_share{name}")] for name in ("", "_stage_0", "_stage_1"))
+        assert len(mean) == 8 and all(0 < share < 1 for shares in stages for share in shares)
+        assert mean == pytest.approx([(a + b) / 2 for a, b in zip(*stages, strict=True)])
+        assert re.search(r"idle=\d+% \(stage [01], the slowest: \d+%\)", output)
 
 
 def test_how_many_checkpoints_stay(ranks, run, tmp_path):

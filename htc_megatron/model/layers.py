@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -18,6 +19,7 @@ from htc_megatron.config import RunConfig
 from htc_megatron.model.attention import FullAttention, LayoutAttention
 from htc_megatron.model.decoder import DecoderLayer, LayoutSelfAttention, QKVLinear, RMSNorm
 from htc_megatron.model.lora import Fused, LoraColumnParallelLinear, LoraQKVLinear, LoraRowParallelLinear
+from htc_megatron.model.stages import layers_of_stages
 from htc_megatron.weights.table import LINEARS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +82,7 @@ def _layer_spec(
 def backbone_spec(config: RunConfig) -> TransformerBlockSubmodules:
     """Layers of one pipeline stage and the block's final norm (built on the last stage only)."""
     spec = _layer_spec(RMSNorm, LayoutAttention, AttnMaskType.causal, _linears(config), DecoderLayer, LayoutSelfAttention)
-    layers = config.model.backbone.num_layers // config.parallel.pipeline_model_parallel_size
+    layers = layers_of_stages(config)[parallel_state.get_pipeline_model_parallel_rank()]
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
@@ -149,6 +151,7 @@ def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
         num_attention_heads=bb.num_attention_heads,
         num_query_groups=bb.num_query_groups,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_stage_layout(config),
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=PRECISIONS[config.training.precision],
         add_bias_linear=False,
@@ -160,6 +163,14 @@ def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
         **recompute,
         **_common(config, on_cpu),
     )
+
+
+def _stage_layout(config: RunConfig) -> list[list[str]] | None:
+    """The stages in mcore's words, which gives layers their numbers over all stages by them."""
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return None
+    stages = [["decoder"] * layers for layers in layers_of_stages(config)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def vision_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:

@@ -29,13 +29,13 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return name.startswith("idle_decayed") or (len(shape) > 1 and not any(table in name for table in tables))
 
 
-def stage_entries(stage: nn.Module, model: ModelConfig, pp_rank: int, pp_size: int) -> list[Entry]:
+def stage_entries(stage: nn.Module, model: ModelConfig, first_layer: int) -> list[Entry]:
     """Every parameter of a pipeline stage with its weight, in the stage's own order (the `idle_` stand-ins left out).
 
+    first_layer: number of the stage's first layer over all stages, from 0.
     Raises RuntimeError for a parameter that the table does not know: it would be lost from every checkpoint.
     """
     table = {weight.name: weight for weight in weights(model)}
-    first_layer = pp_rank * (model.backbone.num_layers // pp_size)
     found = []
     for local_name, parameter in stage.named_parameters():
         if local_name.startswith("idle_"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.parallel import patches
+from htc_megatron.parallel.bubble import StageClock
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.tied import TiedEmbedding
 
@@ -116,6 +117,7 @@ class ZeroEngine:
         patches.count_norm_by_tp_rank(engine, groups.tp_rank)  # mend 4
         patches.before_backward(engine, self._before_backward)
         self._backwards, self._micro_batches = 0, 1
+        self.clock = StageClock(groups.device)  # of the passes of training
 
     def whole(self, parameters: list[nn.Parameter], write: bool = False):
         """A context in which `parameters` hold this TP rank's whole share; changes are kept where `write` is set, taken from
@@ -139,6 +141,7 @@ class ZeroEngine:
 
         if self.tied is not None:
             self.tied.send_weight(self.whole)
+        self.engine.config.timers = None if forward_only else self.clock
         rows, seq_length = shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,

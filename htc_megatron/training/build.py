@@ -9,6 +9,7 @@ from htc_megatron.config import OptimizerConfig, RunConfig
 from htc_megatron.model.htc_vlm import HTCVLM
 from htc_megatron.model.initialisation import initial_value
 from htc_megatron.model.naming import Entry, is_decayed, stage_entries
+from htc_megatron.model.stages import layers_of_stages
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import ZeroEngine
 
@@ -50,7 +51,7 @@ def make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.O
 
 def entries_of_stage(module: nn.Module, config: RunConfig, groups: Groups) -> list[Entry]:
     """The stage's parameters with their global names."""
-    return stage_entries(module, config.model, groups.pp_rank, groups.pp_size)
+    return stage_entries(module, config.model, sum(layers_of_stages(config)[: groups.pp_rank]))
 
 
 def checkpoint_state(engine: ZeroEngine, config: RunConfig) -> EngineState:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from htc_megatron.config import RunConfig
+from htc_megatron.parallel.bubble import StageClock, measured_idle_shares
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.training.step import StepResult
 
@@ -23,8 +24,9 @@ def peak_memory(device: torch.device) -> float:
 class Logger:
     """Collects the figures of steps and writes them every `log_interval` steps. Called by every rank."""
 
-    def __init__(self, config: RunConfig, groups: Groups, first_step: int, peak: float):
-        self.config, self.groups = config, groups
+    def __init__(self, config: RunConfig, groups: Groups, first_step: int, peak: float, clock: StageClock):
+        self.config, self.groups, self.clock = config, groups, clock
+        self.bubble: dict[str, str] = {}  # what the progress bar shows of it
         self.peak = self._over_ranks(peak, dist.ReduceOp.SUM)
         self.writer = self.bar = None
         if groups.rank == 0:
@@ -50,10 +52,13 @@ class Logger:
         self.tokens += tokens
         self.images += result.images
         self.flops += flops
+        due = step % self.config.training.log_interval == 0 or step == self.config.training.train_iters
+        if due and self.groups.pp_size > 1:
+            self._bubble(step)
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix(loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3f}", lr=f"{lr:.2e}", refresh=False)
-        if step % self.config.training.log_interval and step != self.config.training.train_iters:
+            self.bar.set_postfix(loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3f}", lr=f"{lr:.2e}", **self.bubble, refresh=False)
+        if not due:
             return
         memory = self._over_ranks(peak_memory(self.groups.device), dist.ReduceOp.MAX)
         seconds = (time.perf_counter() - self.began) / self.steps
@@ -73,6 +78,13 @@ class Logger:
                 },
             )
         self._reset()
+
+    def _bubble(self, step: int) -> None:
+        """Measure the share of the passes since the last time in which stages stood still. The slowest stage is idle least."""
+        idle = measured_idle_shares(self.clock, self.groups)
+        mean, slowest = sum(idle) / len(idle), min(range(len(idle)), key=lambda stage: idle[stage])
+        self.write(step, {"pipeline/idle_share": mean} | {f"pipeline/idle_share_stage_{i}": share for i, share in enumerate(idle)})
+        self.bubble = {"idle": f"{mean:.0%} (stage {slowest}, the slowest: {idle[slowest]:.0%})"}
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Scalars of a step, on the first rank only."""

@@ -14,6 +14,7 @@ from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.loader import DataLoader, ValidationLoader, open_data
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mgvq import load_codebook
+from htc_megatron.model.stages import describe_stages
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import sum_over
 from htc_megatron.training.build import build_engine, checkpoint_state
@@ -104,7 +105,10 @@ class Trainer:
                 config, data.validation, groups.dp_rank, groups.dp_size, needs_pixels, config.training.eval_iters
             )
         peak = peak_flops(groups.device, next(self.engine.module.parameters()).dtype)
-        self.logger = Logger(config, groups, self.step_number, peak)
+        self.logger = Logger(config, groups, self.step_number, peak, self.engine.clock)
+        if groups.pp_size > 1:
+            micro_batches = config.training.global_batch_size // config.training.micro_batch_size // groups.dp_size
+            self.logger.say(describe_stages(config, micro_batches))
 
     def _start(self) -> int:
         """Load what the run starts from. Returns the number of steps already done."""
