@@ -7,8 +7,12 @@ step, and the rest as rarely as can be (Belady 1966: evict what is used last). 1
 tells in which order a pass uses the units; so the next units are gathered while one computes, forward and backward, whichever
 micro-batch it is. At the end of a phase what the optimiser is about to change is cut up again; frozen parameters stay whole.
 
-DeepSpeed's own hooks stay in place. They find the parameters whole, mark them as in use, and cannot release what is held; what
-they would have to gather after all, a module called outside a phase, they gather.
+One unit computes at a time: autograd runs what was made last first, so a unit's backward is through when that of the unit before
+it begins, and only the current unit must not be cut up. Were that wrong, its operations would meet empty tensors and raise.
+
+DeepSpeed's own hooks stay in place. They find the parameters whole and cannot release what is held; what they would have to
+gather after all, a module called outside a phase, they gather. (Whom they take to be computing is no guide: two forwards before
+a backward, as in 1F1B's warm-up, make them miss the end of the second backward.)
 """
 
 import math
@@ -88,6 +92,17 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.ds_numel for p in parameters)
 
 
+def _least_above(wanted: int, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Some of the parameters with `wanted` elements and few more; all of them where they have no more."""
+    chosen: list[nn.Parameter] = []
+    by_size = sorted(parameters, key=lambda p: p.ds_numel)
+    while wanted > 0 and by_size:
+        index = next((i for i, p in enumerate(by_size) if p.ds_numel >= wanted), len(by_size) - 1)
+        chosen.append(by_size.pop(index))
+        wanted -= chosen[-1].ds_numel
+    return chosen
+
+
 class Gatherer:
     """Gathers and releases the parameters of one stage. Made and used alike by every data-parallel rank of it.
 
@@ -104,14 +119,14 @@ class Gatherer:
         self._owner: dict[nn.Parameter, Unit] = {}
         users: dict[nn.Module, Unit] = {}
         self._find(module, "", together, users)
-        self.limit = max([options.limit - self.kept.numel, *(unit.numel for unit in self.units)])
+        self.limit = max([0, options.limit - self.kept.numel, *(unit.numel for unit in self.units)])  # of units
         self.live = self.most_live = 0  # elements of units that are whole or on their way; the most there have been
-        self._order: dict[Pass, dict[Unit, int]] = {}  # unit -> its place in a pass
+        self._order: dict[Pass, list[Unit]] = {}  # uses of a pass in turn; a unit may come more than once
         self._agreed = 0  # how many of these orders the other ranks have been asked about
         self._plan: Sequence[Pass] = ()
         self._next = 0  # place in the plan of the pass after this one
         self._kind: Pass | None = None
-        self._place, self._seen = -1, {}  # in this pass: of the current unit; units used so far, in order
+        self._place, self._seen = -1, []  # in this pass: of the current use; uses so far
         self._current: Unit | None = None
         self._clock = 0
         self.active = False
@@ -171,8 +186,6 @@ class Gatherer:
                 for p in unit.held:
                     if p.requires_grad:
                         patches.cut(p)
-                    else:
-                        patches.forget_uses(p)
             self._compare_orders()
         finally:
             self.active = False
@@ -182,7 +195,7 @@ class Gatherer:
         if not self.active:
             return
         self._end_pass()
-        self._kind, self._place, self._seen, self._current = kind, -1, {}, None
+        self._kind, self._place, self._seen, self._current = kind, -1, [], None
         if kind in self._plan[self._next :]:
             self._next = self._plan.index(kind, self._next) + 1
 
@@ -209,9 +222,12 @@ class Gatherer:
             return
         self._clock += 1
         unit.used = self._clock
-        self._seen.setdefault(unit, len(self._seen))
-        self._place = self._order.get(self._kind, {}).get(unit, self._place)
-        self._current = unit
+        if unit is not self._current:
+            self._current = unit
+            self._seen.append(unit)
+            order = self._order.get(self._kind, [])
+            if unit in order[self._place + 1 :]:
+                self._place = order.index(unit, self._place + 1)
         if unit is not self.kept:
             self._bring(unit)
             self._gather_ahead()
@@ -233,18 +249,22 @@ class Gatherer:
                 self.live += p.ds_numel
 
     def _gather_ahead(self) -> None:
-        """Start a gather of the units that this pass uses next, as far as there is room that is not used sooner."""
+        """Start a gather of the units that this pass uses next, as far as there is room.
+
+        The next unit takes the room of any that is used later. Those after it only take room that the current unit's would be
+        next in turn for: taken early, any other would have to be gathered once more than needed.
+        """
         if not self.options.ahead or any(unit.pending is not None for unit in self.units):
             return
         batch: list[Unit] = []
         size = 0
-        for unit, place in self._order.get(self._kind, {}).items():
-            needed = _size(unit.missing) if place > self._place else 0
+        for later, unit in enumerate(self._order.get(self._kind, [])[self._place + 1 :], 1):
+            needed = 0 if unit in batch else _size(unit.missing)
             if not needed:
                 continue
             if batch and size + needed > self.options.ahead:
                 break
-            if not self._make_room(size + needed, place - self._place, batch):
+            if not self._make_room(size + needed, max(later, self._next_use(self._current)) if batch else later, batch):
                 break
             batch.append(unit)
             size += needed
@@ -278,33 +298,37 @@ class Gatherer:
         excess = self.live + numel - self.limit
         if excess <= 0:
             return True
+        if until < 0:  # what is on its way is not what is used next after all
+            for unit in self.units:
+                self._wait(unit)
         others = [unit for unit in self.units if unit is not self._current and unit not in wanted and unit.pending is None]
-        free = [(self._next_use(unit), -unit.used, unit) for unit in others if unit.held and not any(map(patches.in_use, unit.held))]
-        victims: list[Unit] = []
+        free = [(self._next_use(unit), -unit.used, unit) for unit in others if unit.held]
+        victims: list[nn.Parameter] = []
         for later, _, unit in sorted(free, key=lambda one: one[:2], reverse=True):
             if excess <= 0 or later <= until:
                 break
-            victims.append(unit)
-            excess -= _size(unit.held)
+            victims += (chosen := _least_above(excess, unit.held))
+            excess -= _size(chosen)
         if excess > 0 and until >= 0:
             return False
-        for p in (p for unit in victims for p in unit.held):
+        for p in victims:
             self.live -= p.ds_numel
             patches.cut(p)
         return excess <= 0
 
     def _next_use(self, unit: Unit) -> float:
         """How many uses from now; infinite where its values will have changed by then, or as long as a pass has not been seen."""
-        order = self._order.get(self._kind, {})
-        if order.get(unit, -1) > self._place:
-            return order[unit] - self._place
+        order = self._order.get(self._kind, [])
+        if unit in order[self._place + 1 :]:
+            return order.index(unit, self._place + 1) - self._place
         ahead = len(order) - self._place
         for kind in self._plan[self._next :]:
-            order = self._order.get(kind, {})
+            order = self._order.get(kind, [])
             if unit in order:
-                return ahead + order[unit]
+                return ahead + order.index(unit)
             ahead += len(order)
-        return math.inf if unit.changes else ahead + self._order.get("forward", {}).get(unit, math.inf)
+        order = self._order.get("forward", [])
+        return ahead + order.index(unit) if unit in order and not unit.changes else math.inf
 
     # Outside of phases -------------------------------------------------------------------------------------------------
 

@@ -162,16 +162,6 @@ def is_held(parameter: torch.nn.Parameter) -> bool:
     return _HOLD in parameter.ds_active_sub_modules
 
 
-def in_use(parameter: torch.nn.Parameter) -> bool:
-    """Whether a module that computes, forward or backward, needs the parameter."""
-    return not parameter.ds_active_sub_modules <= {_HOLD}
-
-
-def forget_uses(parameter: torch.nn.Parameter) -> None:
-    """To be called where nothing computes: DeepSpeed keeps a module for a user whose backward needed no gradient of its input."""
-    parameter.ds_active_sub_modules.intersection_update({_HOLD})
-
-
 def is_cut(parameter: torch.nn.Parameter) -> bool:
     """Whether this rank holds its share alone; a parameter on its way is not."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
