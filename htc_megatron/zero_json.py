@@ -34,15 +34,13 @@ ACTING = {
     "allgather_bucket_size": Key(int, (1, 2), least=2, multiple_of=2),  # DeepSpeed aligns flat buffers to two elements
     "use_multi_rank_bucket_allreduce": Key(bool, (1, 2)),
     "sub_group_size": Key(int, (3,), least=1),
+    # the next four act in parallel/gather.py, which says what they mean there
     "stage3_prefetch_bucket_size": Key(int, (3,)),
     "stage3_param_persistence_threshold": Key(int, (3,)),
     "stage3_model_persistence_threshold": Key(int, (3,)),
     "stage3_max_live_parameters": Key(int, (3,)),
-    "stage3_max_reuse_distance": Key(int, (3,)),
-    "stage3_module_granularity_threshold": Key(int, (3,)),
     "stage3_use_all_reduce_for_fetch_params": Key(bool, (3,)),
     "stage3_allgather_sequential": Key(bool, (3,)),
-    "log_trace_cache_warnings": Key(bool, (3,)),
 }
 
 _OFFLOAD = "offloading to CPU or NVMe is not supported"
@@ -51,6 +49,7 @@ _EXPORT = "weights are exported by tools/convert.py from any checkpoint, so the 
 _LAYOUT = "it changes the order of the optimizer's flat buffers, which checkpoints rely on to reshard"
 _QUANTIZED = "it quantizes what is sent, so layouts would no longer compute the same"
 _DEPRECATED = "DeepSpeed has deprecated it"
+_GATHERING = "which parameters stay whole is decided here, within stage3_max_live_parameters"
 REFUSED = {
     "allgather_partitions": "DeepSpeed no longer reads it",
     "compute_grad_norm": "the gradient norm is always computed: clipping and the log need it",
@@ -64,6 +63,7 @@ REFUSED = {
     "leaf_module": "which modules ZeRO-3 fetches as one is decided here",
     "legacy_stage1": _DEPRECATED,
     "load_from_fp32_weights": _CHECKPOINT,
+    "log_trace_cache_warnings": "DeepSpeed's trace is not used: parameters are gathered by the order of the pipeline's passes",
     "memory_efficient_linear": "megatron-core's linears are in use, so the key would do nothing",
     "offload_optimizer": _OFFLOAD,
     "offload_param": _OFFLOAD,
@@ -74,6 +74,8 @@ REFUSED = {
     "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
     "stage3_gather_16bit_weights_on_model_save": _EXPORT,
     "stage3_gather_fp16_weights_on_model_save": _DEPRECATED,
+    "stage3_max_reuse_distance": _GATHERING,
+    "stage3_module_granularity_threshold": "which modules ZeRO-3 fetches as one is decided here",
     "zenflow": _OFFLOAD,
     "zero_hpz_partition_size": "a second partition of the parameters is not supported",
     "zero_quantized_gradients": _QUANTIZED,

@@ -1,13 +1,12 @@
 """What one rank does in the tests of mends, masks, image-less ranks and memory. Each function runs on every rank."""
 
-import ctypes
 import gc
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
+from htc_megatron.benchmarks.memory import allocated, peak_allocated
 from htc_megatron.model.layout import ImageShape
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.parallel import patches, zero
@@ -28,12 +27,7 @@ def replaced(owner, name: str, value):
 def run_without(mend: str, changes: dict, zero_json: dict) -> list[tuple[float, float]]:
     """Loss and norm of the parity steps with one mend taken out."""
     if mend == "trace":
-        from deepspeed.runtime.zero import partitioned_param_coordinator, utils
-
-        def untouched(group):  # an earlier test may have left the mended check in this process
-            partitioned_param_coordinator.assert_ints_same_as_other_ranks = utils.assert_ints_same_as_other_ranks
-
-        with replaced(patches, "check_trace_within", untouched):
+        with replaced(patches, "without_trace", lambda engine: None):
             return run_steps(changes, zero_json)
     if mend == "flag":
         with replaced(patches, "clear_seen_flag", lambda engine: None):
@@ -101,19 +95,6 @@ def image_less(changes: dict, zero_json: dict, kinds: tuple[str, ...] = MIXED) -
     return run_steps(changes, zero_json, kinds)
 
 
-class _MallocInfo(ctypes.Structure):
-    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = [(name, ctypes.c_size_t) for name in names]
-
-
-def allocated() -> float:
-    """MiB this process has allocated and not freed, by glibc's own books: resident memory would count what it keeps for reuse."""
-    mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
-    mallinfo2.restype = _MallocInfo
-    info = mallinfo2()
-    return (info.uordblks + info.hblkhd) / 2**20
-
-
 def construction_memory(changes: dict, zero_json: dict) -> tuple[float, float, float]:
     """MiB this rank held at most while the model was built and filled; its share of the parameters, and all of them."""
     from htc_megatron.training import build
@@ -122,11 +103,7 @@ def construction_memory(changes: dict, zero_json: dict) -> tuple[float, float, f
     groups = process_groups.initialise(config.parallel, 0)
     build.build_engine(tiny_config(), zero_json, groups).destroy()  # imports and first buffers are not the model's
     gc.collect()
-    began, peak, done, sizes = allocated(), [0.0], threading.Event(), {}
-
-    def sample():
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], allocated() - began)
+    began, sizes = allocated(), {}
 
     class Built(Exception):
         pass
@@ -137,14 +114,9 @@ def construction_memory(changes: dict, zero_json: dict) -> tuple[float, float, f
         sizes["all"] = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters) / 2**20
         raise Built
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    with replaced(build, "make_optimizer", stop_here):
+    with replaced(build, "make_optimizer", stop_here), peak_allocated() as peak:
         try:
             build.build_engine(config, zero_json, groups)
         except Built:
             pass
-        finally:
-            done.set()
-            sampler.join()
-    return peak[0], sizes["mine"], sizes["all"]
+    return peak.mib - began, sizes["mine"], sizes["all"]

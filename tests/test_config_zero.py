@@ -29,6 +29,7 @@ BAD = [
     ({"zero_optimization": {"stage": 3, "allgather_bucket_size": 8}}, "allgather_bucket_size: acts only in stage 1 and 2, got stage 3"),
     ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 8}}, "stage3_max_live_parameters: acts only in stage 3, got stage 2"),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: is refused: offloading"),
+    ({"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 0}}, "which parameters stay whole is decided here, within"),
     ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients: is refused: it changes the order"),
     ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "fp16: is refused because it raises on pipeline stages"),
     ({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}, "got 1.0, but this belongs in the run's YAML: set optimizer.clip_grad"),
@@ -113,8 +114,7 @@ def test_keys_that_act_do_not_change_the_result(ranks, tmp_path, stage):
     values: dict = {"overlap_comm": False, "contiguous_gradients": False, "reduce_scatter": False, "use_multi_rank_bucket_allreduce": False}
     values |= {"reduce_bucket_size": 100, "allgather_bucket_size": 64, "sub_group_size": 300, "stage3_prefetch_bucket_size": 32}
     values |= {"stage3_param_persistence_threshold": 20, "stage3_model_persistence_threshold": 40, "stage3_max_live_parameters": 300}
-    values |= {"stage3_max_reuse_distance": 0, "stage3_module_granularity_threshold": 1, "stage3_use_all_reduce_for_fetch_params": True}
-    values |= {"stage3_allgather_sequential": True, "log_trace_cache_warnings": True}
+    values |= {"stage3_use_all_reduce_for_fetch_params": True, "stage3_allgather_sequential": True}
     assert set(values) | {"stage"} == set(ACTING)
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage, **{k: v for k, v in values.items() if stage in ACTING[k].stages}}}))

@@ -84,8 +84,6 @@ def reset_distributed() -> None:
     """Forget every process group: torch's, and what megatron-core and DeepSpeed keep of them in their modules."""
     import torch.distributed as dist
     from deepspeed.comm import comm as ds_comm
-    from deepspeed.runtime.zero import partitioned_param_coordinator
-    from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups as ds_groups
@@ -99,8 +97,6 @@ def reset_distributed() -> None:
     rerun_state_machine.destroy_rerun_state_machine()
     mcore_random._CUDA_RNG_STATE_TRACKER = None
     mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    # parallel/patches.py has it ask a group of this job; a rank that still did so would wait for ranks of the next that do not
-    partitioned_param_coordinator.assert_ints_same_as_other_ranks = zero_utils.assert_ints_same_as_other_ranks
     for name, value in ZERO_INIT_STATE.items():
         setattr(Init, name, value)
     (modules_seen,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__

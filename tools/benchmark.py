@@ -19,6 +19,8 @@ COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "attention": "M_hy by its exact split beside SDPA with the dense mask and plain causal SDPA",
     "train": "a training step beside transformers' LLaMA and mcore's GPTModel with the dense mask",
     "save": "a blocking save, and what a save in a thread takes from training",
+    "zero": "ZeRO-3 under 1F1B: bytes sent against the least possible, a step's time against ZeRO-1",
+    "scale": "memory, seconds and tokens a second of a step as data-parallel ranks are added, ZeRO-3 beside ZeRO-1",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks

@@ -6,11 +6,11 @@ what is mended here otherwise fails silently, in the gradients.
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
-import torch.distributed as dist
 
 READ_FROM = {"megatron-core": "0.16.1", "deepspeed": "0.19.8"}
 
@@ -80,21 +80,21 @@ def deepspeed_without_shm_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def check_trace_within(group: dist.ProcessGroup) -> None:
-    """Mend 1: ZeRO-3 checks that all ranks fetch the same modules by a broadcast over the world. Pipeline stages have
-    different modules, so the check must ask the data-parallel group; otherwise the first forward hangs."""
-    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+def without_trace(engine) -> None:
+    """Mend 1: ZeRO-3 records the order of modules and compares it between all ranks at each forward, by a broadcast over the world.
+    Pipeline stages have different modules, so the first forward would hang. parallel/gather.py keeps an order for each pass
+    and compares it within a stage; DeepSpeed, without a trace, gathers what it finds cut up and nothing ahead."""
+    coordinator = _coordinator(engine.optimizer)
+    _must_have(coordinator, "reset_step", "is_complete_trace", "is_record_trace")
+    if coordinator.is_complete_trace() or coordinator.is_record_trace():
+        raise RuntimeError("DeepSpeed has begun a trace before the first forward: read patches.py against this version")
+    coordinator.reset_step = lambda: None
 
-    _must_have(coordinator, "assert_ints_same_as_other_ranks")
 
-    def same_in_group(ints: list[int]) -> None:
-        mine = list(ints)
-        theirs: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(theirs, mine, group=group)
-        if any(other != mine for other in theirs):
-            raise RuntimeError(f"data-parallel ranks run different modules under ZeRO-3: {theirs}")
-
-    coordinator.assert_ints_same_as_other_ranks = same_in_group
+def _coordinator(optimizer):
+    _must_have(optimizer, "parameter_offload")
+    _must_have(optimizer.parameter_offload, "get_param_coordinator")
+    return optimizer.parameter_offload.get_param_coordinator()
 
 
 def clear_seen_flag(engine) -> None:
@@ -125,3 +125,62 @@ def count_norm_by_tp_rank(engine, tp_rank: int) -> None:
         return
     _must_have(engine.optimizer, "model_parallel_rank")
     engine.optimizer.model_parallel_rank = tp_rank
+
+
+# ZeRO-3's parameters, as parallel/gather.py handles them. DeepSpeed releases a parameter only where ds_active_sub_modules, the
+# modules that use it, is empty: one more name in it holds the parameter.
+
+_HOLD = "held by parallel/gather.py"
+
+
+class Gather:
+    """A collective under way that makes parameters whole."""
+
+    def __init__(self, handle):
+        self._handle = handle
+
+    def wait(self) -> None:
+        """Have the parameters whole."""
+        self._handle.wait()
+
+
+def gather(parameters: list[torch.nn.Parameter]) -> Gather:
+    """Begin to make cut parameters whole, in one collective, and hold them."""
+    _must_have(parameters[0], "all_gather_coalesced", "ds_active_sub_modules", "ds_status")
+    handle = parameters[0].all_gather_coalesced(parameters)
+    for parameter in parameters:
+        hold(parameter)
+    return Gather(handle)
+
+
+def hold(parameter: torch.nn.Parameter) -> None:
+    """Keep DeepSpeed from releasing a whole parameter after its use."""
+    parameter.ds_active_sub_modules.add(_HOLD)
+
+
+def is_held(parameter: torch.nn.Parameter) -> bool:
+    return _HOLD in parameter.ds_active_sub_modules
+
+
+def is_cut(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank holds its share alone; a parameter on its way is not."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+
+
+def cut(parameter: torch.nn.Parameter) -> None:
+    """Give up a whole parameter: this rank's share is what stays. Changes made to the whole are lost."""
+    parameter.ds_active_sub_modules.clear()
+    parameter.partition()
+
+
+@contextmanager
+def frozen_stay_whole(optimizer, check: Callable[[], None]) -> Iterator[None]:
+    """Within it, ZeRO-3's step does not cut up all parameters before it begins; `check` is called instead."""
+    _must_have(optimizer, "_partition_all_parameters")
+    optimizer._partition_all_parameters = check
+    try:
+        yield
+    finally:
+        del optimizer._partition_all_parameters

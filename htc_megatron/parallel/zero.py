@@ -1,7 +1,8 @@
 """ZeRO 1 to 3 under megatron-core's schedules: mcore owns 1F1B, a plain DeepSpeed engine shards, and four mends join them.
 
-Mends 1, 2 and 4 live in patches.py. Mend 3 is here: DeepSpeed divides gradients by gradient_accumulation_steps on every
-stage they pass, so that number stays 1, the loss arrives scaled, and the accumulation boundary is marked by hand.
+Which parameters ZeRO-3 has whole, and when, is decided in gather.py. Mends 1, 2 and 4 live in patches.py. Mend 3 is here:
+DeepSpeed divides gradients by gradient_accumulation_steps on every stage they pass, so that number stays 1, the loss arrives
+scaled, and the accumulation boundary is marked by hand.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.parallel import patches
 from htc_megatron.parallel.bubble import StageClock
+from htc_megatron.parallel.gather import Gatherer, GatherOptions, Pass, passes_of_1f1b
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.tied import TiedEmbedding
+from htc_megatron.zero_json import zero_stage
 
 
 class ZeroMpu:
@@ -66,6 +69,8 @@ def deepspeed_config(config: RunConfig, zero: dict) -> dict:
     }
     if training.precision == "bf16":
         whole["bf16"] = {"enabled": True}
+    if zero_stage(zero) == 3:  # gather.py acts on the file's value; DeepSpeed would gather small parameters once more after each step
+        whole["zero_optimization"] = zero["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
     return whole
 
 
@@ -92,10 +97,9 @@ class ZeroEngine:
         import deepspeed
 
         self.groups, self.reduce_once = groups, config.parallel.reduce_once
-        self.stage = int(zero["zero_optimization"]["stage"])
+        self.stage = zero_stage(zero)
         ds_config, mpu = deepspeed_config(config, zero), ZeroMpu(groups)
         if self.stage == 3:
-            patches.check_trace_within(groups.dp)  # mend 1
             # no dtype argument: DeepSpeed 0.19.8 takes float32 there for bfloat16 on CPU; without it the config decides
             construction = deepspeed.zero.Init(data_parallel_group=groups.dp, config_dict_or_path=ds_config, mpu=mpu)
         else:
@@ -108,6 +112,7 @@ class ZeroEngine:
         wrong = [name for name, p in module.named_parameters() if p.dtype != module.config.params_dtype]
         if wrong:
             raise RuntimeError(f"parameters {wrong[:3]} were not made in {module.config.params_dtype}")
+        self.gatherer: Gatherer | None = None
         fill(module, self.whole)
         engine, optimizer, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(module), mpu=mpu, config=ds_config)
         self.engine, self.optimizer = engine, optimizer
@@ -118,6 +123,11 @@ class ZeroEngine:
         patches.before_backward(engine, self._before_backward)
         self._backwards, self._micro_batches = 0, 1
         self.clock = StageClock(groups.device)  # of the passes of training
+        if self.stage == 3:
+            from megatron.core.transformer.transformer_layer import TransformerLayer
+
+            patches.without_trace(engine)  # mend 1
+            self.gatherer = Gatherer(module, (TransformerLayer,), GatherOptions.from_zero(zero), groups.dp)
 
     def whole(self, parameters: list[nn.Parameter], write: bool = False):
         """A context in which `parameters` hold this TP rank's whole share; changes are kept where `write` is set, taken from
@@ -125,6 +135,14 @@ class ZeroEngine:
         import deepspeed
 
         if self.stage != 3:
+            return nullcontext()
+        if self.gatherer is not None and write:
+            self.gatherer.forget(parameters)
+        elif self.gatherer is not None:
+            if self.gatherer.active:
+                self.gatherer.take(parameters)
+            parameters = [p for p in parameters if patches.is_cut(p)]
+        if not parameters:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
@@ -135,6 +153,12 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(final)
         if self.tied is not None:
             self.tied.due = final
+        if self.gatherer is not None:
+            self.gatherer.begin_pass("backward")
+
+    def _gathered(self, passes: list[Pass]):
+        """The context of a phase: ZeRO-3 gathers parameters for these passes."""
+        return nullcontext() if self.gatherer is None else self.gatherer.phase(passes)
 
     def _schedule(self, forward_step: Callable, batches: Iterator, count: int, shape: tuple[int, int], forward_only: bool) -> list:
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -157,7 +181,8 @@ class ZeroEngine:
         """Forward and backward of `count` micro-batches of [rows, seq_length] under 1F1B. Returns the last stage's reports."""
         self.engine.train()
         self._backwards, self._micro_batches = 0, count
-        with self.engine.coalesce_grad_reduction() if self.reduce_once else nullcontext():
+        passes = passes_of_1f1b(count, self.groups.pp_rank, self.groups.pp_size)
+        with self.engine.coalesce_grad_reduction() if self.reduce_once else nullcontext(), self._gathered(passes):
             reports = self._schedule(forward_step, batches, count, shape, forward_only=False)
             if self.tied is not None:
                 self.tied.send_gradient()
@@ -168,7 +193,7 @@ class ZeroEngine:
     def evaluate(self, forward_step: Callable, batches: Iterator, count: int, shape: tuple[int, int]) -> list:
         """Forward of `count` micro-batches. Returns the last stage's reports."""
         self.engine.eval()
-        with torch.no_grad():
+        with self._gathered(["forward"] * count), torch.no_grad():
             return self._schedule(forward_step, batches, count, shape, forward_only=True)
 
     def step(self, lr: float) -> float:
@@ -176,11 +201,14 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with nullcontext() if self.gatherer is None else patches.frozen_stay_whole(self.optimizer, self.gatherer.check_cut):
+            self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def destroy(self) -> None:
         """Free the engine's hooks and buffers."""
+        if self.gatherer is not None:
+            self.gatherer.destroy()
         self.engine.destroy()
 
 
