@@ -87,6 +87,14 @@ def test_training_beside_its_peers():
     assert {"peer_over_ours", "peer_memory_over_ours"} <= found["ratios"].keys()
 
 
+def test_the_gpu_benchmark_on_cpu():
+    """The script for one GPU, whole, at a size that runs here: correctness, attention, a step and its peer."""
+    shown, found = run_tool("gpu", "--sizes", "tiny", "--text", "16", "--rounds", "1")
+    assert found["errors"]["fp32"]["gradients"] < 1e-6 < found["errors"]["bf16"]["gradients"] < 2**-4
+    assert found["steps"]["tiny"]["seconds"].keys() == {"ours", "transformers"} and "MFU" in shown
+    assert {"attention_dense_over_ours", "tiny_peer_over_ours", "tiny_peer_memory_over_ours"} <= found["ratios"].keys()
+
+
 def test_the_tool(tmp_path):
     """One round on the smallest model: the table on stdout, the same figures in the file."""
     command = [sys.executable, str(TOOL), "save", "--parameters", "11e6", "--rounds", "1", "--folder", str(tmp_path), "--json"]

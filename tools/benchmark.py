@@ -18,6 +18,7 @@ from htc_megatron.config import ConfigError
 COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "attention": "M_hy by its exact split beside SDPA with the dense mask and plain causal SDPA",
     "train": "a training step beside transformers' LLaMA and mcore's GPTModel with the dense mask",
+    "gpu": "one GPU: right, how fast, how much memory, and the peers beside it; runs on CPU at --sizes tiny",
     "save": "a blocking save, and what a save in a thread takes from training",
     "zero": "ZeRO-3 under 1F1B: bytes sent against the least possible, a step's time against ZeRO-1",
     "scale": "memory, seconds and tokens a second of a step as data-parallel ranks are added, ZeRO-3 beside ZeRO-1",

@@ -81,14 +81,14 @@ class Transformers:
 
         whole = self.model.model
         with torch.no_grad():
-            features = whole.vision_tower(self.pixels).last_hidden_state[:, 1:]
+            features = whole.vision_tower(self.pixels.to(whole.dtype)).last_hidden_state[:, 1:]
             q = whole.mgvq.lookup(self.codes)
         visual = torch.cat([whole.anchors(q), whole.projector(features)], 1).flatten(0, 1)
         embeds = whole.language_model.embed_tokens(self.ids)
         embeds = embeds.flatten(0, 1).index_copy(0, self.places, visual).view_as(embeds)
         out = whole.language_model(inputs_embeds=embeds, attention_mask=self.mask, position_ids=self.positions, use_cache=False)
         logits = self.model.lm_head(out.last_hidden_state)
-        return ForCausalLMLoss(logits, self.labels, self.vocab_size)
+        return ForCausalLMLoss(logits, self.labels, self.vocab_size)  # which casts them to fp32
 
     def trained(self) -> list[nn.Parameter]:
         """Everything but the tower and MGVQ."""
@@ -163,10 +163,10 @@ def our_gradients(
     from htc_megatron.weights.convert import to_hf
 
     stage = HTCVLM(config, True, True, 0, device).to(device)
-    entries = stage_entries(stage, config.model, 0, 1)
+    entries = stage_entries(stage, config.model, 0)
     with torch.no_grad():
         for entry in entries:
-            entry.param.copy_(initial_value(entry.weight, config.training.seed, 0, 1).view_as(entry.param))
+            entry.param.copy_(initial_value(entry.weight, config.training.seed, 0, 1).view(entry.param.shape))
     loss = stage.train()(batch) / batch.num_supervised
     loss.backward()
     found: dict[str, Tensor] = {}
@@ -175,6 +175,17 @@ def our_gradients(
             found |= to_hf(entry.weight, entry.param.grad.view(entry.weight.shape))
     stage.zero_grad(set_to_none=True)
     return stage, {entry.name: entry.param.detach().view(entry.weight.shape) for entry in entries}, found, float(loss.detach())
+
+
+def random_export(config: RunConfig, device: torch.device) -> nn.Module:
+    """transformers' model of this configuration with weights of its own, in the run's precision."""
+    from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
+    from htc_megatron.model.layers import PRECISIONS
+    from htc_megatron.weights.export import hf_config
+
+    dtype = PRECISIONS[config.training.precision]
+    with device:
+        return HTCVLMForConditionalGeneration(hf_config(config.model, dtype)).to(dtype)
 
 
 def largest_error(ours: dict[str, Tensor], model: nn.Module, voco: int) -> float:
