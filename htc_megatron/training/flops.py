@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, vision included, and the peak they are compared with (MFU).
 
-Counted is what the method needs, not what an implementation spends: attention under the mask's own number of pairs,
-logits at supervised tokens only, no padding, no recomputation (model/operations.py has the formulas).
+Counted is what the method needs, not what an implementation spends: attention under the mask's own number of pairs, no query
+of a V_hy token that sees only itself, of the last layer only what is read, logits at supervised tokens only, no padding, no
+recomputation (model/operations.py has the formulas).
 """
 
 import time
@@ -24,16 +25,46 @@ from htc_megatron.model.operations import (
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40": 181e12, "V100": 125e12}
 
 
-def attention_pairs(batch: MicroBatch, rule: MaskRule) -> int:
-    """Query-key pairs the mask allows in a micro-batch, all samples together."""
+def attention_pairs(batch: MicroBatch, rule: MaskRule) -> tuple[int, int]:
+    """Query-key pairs the mask allows in a micro-batch, all samples together: of text rows, and of images' rows."""
     layout = batch.layout
     starts_of: dict[int, list[int]] = {}
     for sample, start in layout.images.tolist():
         starts_of.setdefault(sample, []).append(start)
-    return sum(
-        sum(sample_pairs(stop - first, [start - first for start in starts_of.get(index, [])], layout.image, rule))
+    found = [(0, 0)] + [
+        sample_pairs(stop - first, [start - first for start in starts_of.get(index, [])], layout.image, rule)
         for index, (_, first, stop) in enumerate(layout.samples.tolist())
-    )
+    ]
+    text, images = (sum(pairs) for pairs in zip(*found, strict=True))
+    return text, images
+
+
+def _last_layer_reads_images(batch: MicroBatch, rule: MaskRule) -> bool:
+    """Whether text sees V_hy, or a supervised token stands right behind an image and its voco token predicts it."""
+    layout = batch.layout
+    if rule.mask == "none":
+        return True
+    for sample, start in layout.images.tolist():
+        row, _, stop = layout.samples[sample].tolist()
+        behind = start + layout.image.length
+        if behind < stop and batch.labels[row, behind] != -100:
+            return True
+    return False
+
+
+def backbone_operations(config: RunConfig, batch: MicroBatch) -> float:
+    """Forward of the layers and the output layer over a micro-batch."""
+    bb, rule, layout = config.model.backbone, MaskRule.from_config(config.model.method), batch.layout
+    tokens = int((layout.samples[:, 2] - layout.samples[:, 1]).sum())
+    visual = layout.num_images * layout.image.num_visual
+    text_pairs, image_pairs = attention_pairs(batch, rule)
+    alone = rule.mask == "star" and rule.image_sees == "own"
+    seen, pairs = tokens - visual, text_pairs
+    if _last_layer_reads_images(batch, rule):
+        seen, pairs = tokens, text_pairs + image_pairs
+    layer = layer_operations(bb, tokens - visual * alone, tokens, tokens, text_pairs + image_pairs)
+    last = layer_operations(bb, min(seen, tokens - visual * alone), seen, batch.num_supervised, pairs)
+    return (bb.num_layers - 1) * layer + last + output_operations(bb, batch.num_supervised)
 
 
 def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
@@ -42,14 +73,11 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
     A trained part costs three times its forward, one that only passes gradients on twice, one behind which nothing is trained once.
     Adapters are trained, and the frozen backbone between them passes gradients on.
     """
-    model, bb = config.model, config.model.backbone
-    rule = MaskRule.from_config(model.method)
+    model = config.model
     tokens = sum(int((b.layout.samples[:, 2] - b.layout.samples[:, 1]).sum()) for b in batches)
     images = sum(b.layout.num_images for b in batches)
-    pairs = sum(attention_pairs(b, rule) for b in batches)
     parts = frontend_operations(model, images) | {"adapters": adapter_operations(model, tokens)}
-    parts["backbone"] = bb.num_layers * layer_operations(bb, tokens, tokens, tokens, pairs)
-    parts["backbone"] += output_operations(bb, sum(b.num_supervised for b in batches))
+    parts["backbone"] = sum(backbone_operations(config, b) for b in batches)
     backward = backward_factors(model, config.training.freeze)
     return sum(operations * (1 + backward[part]) for part, operations in parts.items())
 
