@@ -158,7 +158,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = 1  # model chunks of a stage; more than one is refused
     sequence_parallel: bool = False  # norms and residuals of the backbone split over TP along the sequence
     reduce_once: bool = False  # one gradient reduction a step instead of one a micro-batch; holds one full stage gradient
-    recompute: Literal["none", "selective", "full"] = "none"  # activations kept | attention recomputed | layers recomputed
+    recompute: Literal["none", "selective", "full"] = "none"  # activations kept | norms and SwiGLU | whole layers
     attention: Literal["split", "dense"] = "split"  # exact structured attention | the reference with an [S, S] mask
     timeout_s: float = 1800.0  # a collective that waits longer than this ends the run
 

@@ -143,7 +143,7 @@ def backbone_config(config: RunConfig, on_cpu: bool) -> TransformerConfig:
     if parallel.recompute == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif parallel.recompute == "selective":
-        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])  # what it means is DecoderLayer's to say
     return TransformerConfig(
         num_layers=bb.num_layers,
         hidden_size=bb.hidden_size,
