@@ -17,6 +17,7 @@ from htc_megatron.config import ConfigError
 
 COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "save": "a blocking save, and what a save in a thread takes from training",
+    "generate": "a question on a compressed image beside uncompressed LLaVA: seconds, their parts, and the floor",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks
