@@ -59,7 +59,7 @@ def filled(exported, tmp_path_factory):
 def test_answers_from_the_store_are_those_from_pixels(exported, filled):
     """One image and several a prompt, text before, between and behind, all in one batch; greedy and sampled."""
     model, processor = load(exported[0])
-    store, files = ImageStore(filled, model, processor), image_files([exported[1]])
+    store, files = ImageStore(filled, model, processor.image_processor), image_files([exported[1]])
     assert len(store) == 6
     questions = [(i % 6, TEXTS[i % 3]) for i in range(8)] + [((4, 1), TEXTS[3]), ((0, 5, 0), "red <image> or <image> blue <image> ?")]
     asked = [
@@ -78,7 +78,7 @@ def test_answers_from_the_store_are_those_from_pixels(exported, filled):
 
 def test_the_store_holds_what_the_model_computes(exported, filled):
     model, processor = load(exported[0])
-    store, files = ImageStore(filled, model, processor), image_files([exported[1]])
+    store, files = ImageStore(filled, model, processor.image_processor), image_files([exported[1]])
     order = [files[i] for i in (3, 0, 3)]
     found = store.load(order)
     # other images beside it change the order of sums
@@ -109,7 +109,7 @@ def test_running_again_compresses_what_is_new(exported, filled, tmp_path):
 
 def test_what_was_compressed_stays_when_it_is_interrupted(exported, tmp_path, monkeypatch):
     model, processor = load(exported[0])
-    store, files = ImageStore(tmp_path / "store", model, processor, create=True), image_files([exported[1]])
+    store, files = ImageStore(tmp_path / "store", model, processor.image_processor, create=True), image_files([exported[1]])
     plain, calls = model.compress_images, []
 
     def interrupted(**pixels):
@@ -120,9 +120,9 @@ def test_what_was_compressed_stays_when_it_is_interrupted(exported, tmp_path, mo
 
     monkeypatch.setattr(model, "compress_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress_into(store, model, processor, files, batch_size=2)
-    assert len(ImageStore(tmp_path / "store", model, processor)) == 4
-    assert compress_into(store, model, processor, files, batch_size=2, shard_bytes=1) == compressing.Counts(2, 4, 0)
+        compress_into(store, model, processor.image_processor, files, batch_size=2)
+    assert len(ImageStore(tmp_path / "store", model, processor.image_processor)) == 4
+    assert compress_into(store, model, processor.image_processor, files, batch_size=2, shard_bytes=1) == compressing.Counts(2, 4, 0)
     assert len(list((tmp_path / "store").iterdir())) == 2 and all(file_key(path) in store for path in files)
 
     def full(*given, **named):
@@ -136,11 +136,12 @@ def test_what_was_compressed_stays_when_it_is_interrupted(exported, tmp_path, mo
 
 def test_a_fingerprint_is_of_what_decides(exported, tmp_path):
     model, processor = load(exported[0])
-    first = model_fingerprint(model, processor)
+    first = model_fingerprint(model, processor.image_processor)
     model.save_pretrained(tmp_path / "again")
     processor.save_pretrained(tmp_path / "again")
     model.generation_config.do_sample = True
-    assert model_fingerprint(*load(tmp_path / "again")) == first
+    saved, its_processor = load(tmp_path / "again")
+    assert model_fingerprint(saved, its_processor.image_processor) == first
     changes = [
         lambda: model.model.language_model.layers[1].self_attn.k_proj.weight.data[0, 0].add_(1e-3),
         lambda: setattr(model.config.text_config, "rms_norm_eps", 1e-3),
@@ -151,7 +152,7 @@ def test_a_fingerprint_is_of_what_decides(exported, tmp_path):
     seen = {first}
     for change in changes:
         change()
-        seen.add(model_fingerprint(model, processor))
+        seen.add(model_fingerprint(model, processor.image_processor))
     assert len(seen) == 1 + len(changes)
 
 
@@ -188,17 +189,17 @@ def narrow(tensor):
 def test_a_store_that_cannot_be_trusted_is_refused(exported, tmp_path, damage, sentence):
     model, processor = load(exported[0])
     files = image_files([exported[1]])
-    store = ImageStore(tmp_path, model, processor)
+    store = ImageStore(tmp_path, model, processor.image_processor)
     path = store.write([file_key(file) for file in files], model.compress_images(**processor.image_processor.preprocess(files)))
     damage(path, {"format": "1", "model": store.fingerprint})
     with pytest.raises(ConfigError, match=sentence):
-        ImageStore(tmp_path, model, processor).load(files)
+        ImageStore(tmp_path, model, processor.image_processor).load(files)
 
 
 def test_bad_requests_are_refused(exported, filled, tmp_path):
     folder, pictures = exported
     model, processor = load(folder)
-    store = ImageStore(filled, model, processor)
+    store = ImageStore(filled, model, processor.image_processor)
     with pytest.raises(ConfigError, match="found by its file: got a Image"):
         store.load([Image.new("RGB", (3, 3))])
     with pytest.raises(ConfigError, match="absent.png cannot be read: No such file"):
@@ -217,4 +218,4 @@ def test_bad_requests_are_refused(exported, filled, tmp_path):
     assert done.status == 2 and "there is no store" in done.error
     model.config.image_sees = "prefix"
     with pytest.raises(ConfigError, match="images of this model cannot be stored: image_sees is prefix: .* depend on what stands in front"):
-        ImageStore(filled, model, processor)
+        ImageStore(filled, model, processor.image_processor)

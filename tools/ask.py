@@ -30,7 +30,7 @@ def main() -> None:
     try:
         images = list(map(Path, a.image)) if a.store else [picture(path) for path in a.image]
         model, processor = load(a.model, device=a.device)
-        store = ImageStore(a.store, model, processor) if a.store else None
+        store = ImageStore(a.store, model, processor.image_processor) if a.store else None
         print(ask(model, processor, images, a.question, a.max_new_tokens, store))
     except ConfigError as error:
         print(error, file=sys.stderr)

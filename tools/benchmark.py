@@ -22,6 +22,7 @@ COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "save": "a blocking save, and what a save in a thread takes from training",
     "zero": "ZeRO-3 under 1F1B: bytes sent against the least possible, a step's time against ZeRO-1",
     "scale": "memory, seconds and tokens a second of a step as data-parallel ranks are added, ZeRO-3 beside ZeRO-1",
+    "generate": "a question on a compressed image beside uncompressed LLaVA: seconds, their parts, and the floor",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks

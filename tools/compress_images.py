@@ -31,8 +31,8 @@ def main() -> int:
             raise ConfigError(f"--batch-size is {options.batch_size} and --shard-mib {options.shard_mib}; wanted at least 1 each")
         files = image_files(options.images)
         model, processor = load(options.model, options.dtype, options.device)
-        store = ImageStore(options.store, model, processor, create=True)
-        counts = compress_into(store, model, processor, files, options.batch_size, options.shard_mib << 20, say=say)
+        store = ImageStore(options.store, model, processor.image_processor, create=True)
+        counts = compress_into(store, model, processor.image_processor, files, options.batch_size, options.shard_mib << 20, say=say)
     except ConfigError as error:
         say(str(error))
         return 2

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from htc_megatron.config import ConfigError
 from htc_megatron.data.images import BadImage, open_image
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
-from htc_megatron.hf.processing_htc_vlm import HTCVLMProcessor
+from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 from htc_megatron.inference.store import ImageStore, file_key
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -46,7 +46,7 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
 def compress_into(
     store: ImageStore,
     model: HTCVLMForConditionalGeneration,
-    processor: HTCVLMProcessor,
+    image_processor: HTCVLMImageProcessor,
     paths: Iterable[Path],
     batch_size: int = 16,
     shard_bytes: int = 256 << 20,
@@ -79,7 +79,7 @@ def compress_into(
             yield key, path, data
 
     def pixels(data: bytes) -> BatchFeature:
-        return processor.image_processor.preprocess([open_image(data)])
+        return image_processor.preprocess([open_image(data)])
 
     def write() -> None:
         if keys:

@@ -29,7 +29,7 @@ from htc_megatron.config import ConfigError
 from htc_megatron.data.shards import fsync
 from htc_megatron.hf.image_htc_vlm import kept_shape, why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
-from htc_megatron.hf.processing_htc_vlm import HTCVLMProcessor
+from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 
 FORMAT = "1"
 SUFFIX = ".safetensors"
@@ -49,7 +49,7 @@ def file_key(image: str | os.PathLike | bytes) -> bytes:
     return hashlib.sha256(image).digest()
 
 
-def model_fingerprint(model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor) -> str:
+def model_fingerprint(model: HTCVLMForConditionalGeneration, pixels: HTCVLMImageProcessor) -> str:
     """SHA-256 of what decides an image's keys and values: weights as they are loaded, configuration, and how pixels are made."""
 
     def of_tensor(item: tuple[str, Tensor]) -> str:
@@ -58,7 +58,6 @@ def model_fingerprint(model: HTCVLMForConditionalGeneration, processor: HTCVLMPr
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    pixels = processor.image_processor
     identity = [_identity(model.config.to_dict()), pixels.image_size, pixels.mgvq_image_size, pixels.channels]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing lets the interpreter's lock go
         weights = list(threads.map(of_tensor, sorted(model.state_dict().items())))
@@ -78,10 +77,10 @@ class ImageStore:
     read. A folder that is not there is refused unless `create`.
     """
 
-    def __init__(self, folder: str | Path, model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, create: bool = False):
+    def __init__(self, folder: str | Path, model: HTCVLMForConditionalGeneration, pixels: HTCVLMImageProcessor, create: bool = False):
         if reason := why_not_alone(model.config):
             raise ConfigError(f"images of this model cannot be stored: {reason}")
-        self.folder, self.fingerprint, self.device = Path(folder), model_fingerprint(model, processor), model.device
+        self.folder, self.fingerprint, self.device = Path(folder), model_fingerprint(model, pixels), model.device
         self.shape, self.dtype = kept_shape(model.config), model.get_input_embeddings().weight.dtype
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
