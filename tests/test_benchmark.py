@@ -12,9 +12,11 @@ import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from htc_megatron.benchmarks.convert import measure_converting, write_synthetic
+from htc_megatron.benchmarks.scale import layout_of, memory_fit, summary
 from htc_megatron.benchmarks.workload import num_parameters, random_batch, sized_model, workload_config
 from htc_megatron.config import ConfigError
 from htc_megatron.config_io import check, load_zero
+from htc_megatron.parallel.support import Layout
 from tests.parity_worker import tiny_config
 
 TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
@@ -120,3 +122,17 @@ def test_what_converting_costs(tmp_path):
     assert found["peak_resident_bytes"]["import"] > 10 * found["peak_resident_bytes"]["cp"] > 0
     assert found["import_over_cp"] == pytest.approx(found["seconds"]["import"] / found["seconds"]["cp"])
     assert found["source_bytes"] > found["exported_bytes"] > 100_000
+
+
+def test_memory_is_fitted_over_data_parallel_ranks():
+    """60 / DP + 7 exactly, and as far off as one peak that is not on the curve; ranks of a layout count by their largest."""
+    assert memory_fit([1, 2, 4], [67.0, 37.0, 22.0]) == pytest.approx((60, 7, 0), abs=1e-9)
+    found = []
+    for dp, peak in ((1, 67.0), (2, 37.0), (4, 30.0)):
+        ranks = [{"held_mib": 5.0, "peak_mib": peak - rank, "step_s": [0.5, 0.25, 1.0]} for rank in range(dp)]
+        found.append((Layout(dp=dp, zero=3), ranks))
+    result = summary(found, 100, 10)
+    assert 0.05 < result.ratios["memory_residual_tp1_pp1_zero3"] < 0.2
+    assert result.ratios["memory_dp4_over_dp1_tp1_pp1_zero3"] == pytest.approx(30 / 67)
+    assert [one["tokens_per_s"] for one in result.figures["layouts"]] == [200.0, 400.0, 800.0]
+    assert layout_of("1,2,2,3") == Layout(pp=2, dp=2, zero=3)
