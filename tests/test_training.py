@@ -23,7 +23,7 @@ from htc_megatron.model.mask import VISUAL, token_kinds
 from htc_megatron.weights.export import export
 from tests import data_tiny
 from tests.distributed import RankFailure
-from tests.train_worker import logits_of, train, train_on_a_full_disk, train_until, train_while_saving
+from tests.train_worker import ENTRY, entry_point, logits_of, train, train_on_a_full_disk, train_until, train_while_saving
 from tests.training_tiny import make_run, prepare_data
 
 TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
@@ -130,25 +130,33 @@ BAD_RUNS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_RUNS)
-def test_bad_runs_end_with_a_sentence(run, tmp_path, case):
-    """Status 2 and one sentence, before any process group is made and with nothing written."""
-    overrides, world_size, wanted = BAD_RUNS[case]
-    environment = os.environ | {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }
-    entry = Path(__file__).parent.parent / "pretrain" / "pretrain_htc.py"
-    command = [sys.executable, str(entry), "--config", str(run), f"output_dir={tmp_path}/out", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 2, done.stderr
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("pretrain_htc:")]
-    assert re.search(wanted, sentence), sentence
-    assert "Traceback" not in done.stderr
+def bad_run(run: Path, tmp_path: Path, case: str) -> list[str]:
+    """Arguments of the entry point."""
+    return ["--config", str(run), f"output_dir={tmp_path}/out", *BAD_RUNS[case][0]]
+
+
+def assert_sentence(case: str, status: int, errors: str, tmp_path: Path) -> None:
+    assert status == 2, errors
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("pretrain_htc:")]
+    assert re.search(BAD_RUNS[case][2], sentence), sentence
+    assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_runs_end_with_a_sentence(ranks, run, tmp_path, case):
+    """Status 2 and one sentence, before any process group is made and with nothing written."""
+    ((status, errors, has_group),) = ranks(1).run(entry_point, bad_run(run, tmp_path, case), BAD_RUNS[case][1], init=False)
+    assert_sentence(case, status, errors, tmp_path)
+    assert not has_group
+
+
+def test_a_bad_run_from_the_command_line(run, tmp_path):
+    """The same from a process of its own."""
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, str(ENTRY), *bad_run(run, tmp_path, "no data")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | launch, timeout=120)
+    assert_sentence("no data", done.returncode, done.stderr, tmp_path)
 
 
 def test_another_model_is_not_resumed(ranks, run, tmp_path):

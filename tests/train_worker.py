@@ -1,21 +1,36 @@
 """Whole runs, as the entry point makes them, on every rank of a test."""
 
+import io
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from htc_megatron.checkpoint.box_file import CheckedWriter
 from htc_megatron.config_io import check, load_config, load_zero
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.training import trainer as trainer_module
 from htc_megatron.training.trainer import Trainer, check_files
+
+ENTRY = Path(__file__).parent.parent / "pretrain" / "pretrain_htc.py"
+
+
+def entry_point(arguments: list[str], world_size: int) -> tuple[int, str, bool]:
+    """The entry point's exit status, what it wrote to stderr, and whether it made a process group. world_size: what it is told."""
+    errors = io.StringIO()
+    environment = mock.patch.dict(os.environ, WORLD_SIZE=str(world_size))
+    with environment, mock.patch.object(sys, "argv", [str(ENTRY), *arguments]), redirect_stderr(errors):
+        status = runpy.run_path(str(ENTRY))["main"]()
+    return status, errors.getvalue(), dist.is_initialized()
 
 
 def train(yaml: str, overrides: list[str], before: Callable[[Trainer], None] | None = None) -> list[tuple[int, float, float]]:
