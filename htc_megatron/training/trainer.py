@@ -12,6 +12,7 @@ from htc_megatron.checkpoint.rng import rng_state, set_rng_state
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.loader import DataLoader, ValidationLoader, open_data
+from htc_megatron.data.packing import PACKER
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mgvq import load_codebook
 from htc_megatron.parallel.groups import Groups
@@ -23,7 +24,8 @@ from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
 from htc_megatron.weights.table import is_adapter
 
-DATA = "data_fingerprint"  # what a checkpoint's `extra` calls the data that its step number is a place in
+# What a checkpoint's `extra` calls the data that its step number is a place in, and the packer of the rows that steps are made of
+DATA, PACKING = "data_fingerprint", "packer"
 
 
 class TrainingError(RuntimeError):
@@ -61,12 +63,16 @@ def check_same_order(saved: RunConfig, config: RunConfig, source: Path) -> None:
 
 
 def check_same_data(loaded: Loaded, data: PreparedData) -> None:
-    """Refuse to resume on other data, whose step number would be another place. Checkpoints of older versions do not say."""
-    wanted = loaded.extra.get(DATA, data.fingerprint)
+    """Refuse to resume on other data, or on the same packed into other rows: the step number would be another place."""
+    anew = "to start anew from its weights, name it in init_from and set another output_dir"
+    packer = loaded.extra.get(PACKING, "first fit, 64")  # of the versions that did not say
+    if packer != PACKER:
+        raise ConfigError(f"data.train: this version packs samples by {PACKER!r}, wanted {packer!r} as in {loaded.folder}; {anew}")
+    wanted = loaded.extra.get(DATA)
     if data.fingerprint != wanted:
         raise ConfigError(
-            f"data.train: the samples in {data.path} have fingerprint {data.fingerprint[:12]}, wanted {wanted[:12]} as in {loaded.folder}, "
-            "which was trained on other data; to start anew from its weights, name it in init_from and set another output_dir"
+            f"data.train: the samples in {data.path} have fingerprint {data.fingerprint[:12]}, wanted {str(wanted)[:12]} as in "
+            f"{loaded.folder}, which was trained on other data; {anew}"
         )
 
 
@@ -176,7 +182,12 @@ class Trainer:
         training, groups = self.config.training, self.groups
         began = time.perf_counter()
         failed = self._end_save()
-        what = {"step": self.step_number, "config": self.config, "extra": {DATA: self.loader.data.fingerprint}, "rng": rng_state()}
+        what = {
+            "step": self.step_number,
+            "config": self.config,
+            "extra": {DATA: self.loader.data.fingerprint, PACKING: PACKER},
+            "rng": rng_state(),
+        }
         how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
         if training.async_save and self.step_number < training.train_iters and not failed:
             self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
