@@ -138,6 +138,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step. Returns the last checkpoint's folder."""
         training, optimizer = self.config.training, self.config.optimizer
+        epoch = self.loader.epoch
+        self.logger.say(f"data: epoch {epoch + 1} has {self._report_epoch()}")
         try:
             for step in range(self.step_number, training.train_iters):
                 batches = next(self.loader)
@@ -152,11 +154,15 @@ class Trainer:
                     )
                 tokens, flops = self._global_work(batches)
                 self.logger.step(self.step_number, result, lr, tokens, flops, self.loader.wait_share)
+                if self.loader.epoch != epoch:
+                    epoch = self.loader.epoch
+                    self._report_epoch()
                 self._watch_save()
                 if self.validation is not None and self.step_number % training.eval_interval == 0:
                     self._evaluate()
                 if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
                     self.save()
+            self.logger.say(f"waited for data {self.logger.waited:.2%} of the time since the first step, on the rank that waited most")
         finally:
             self._end_save()  # after an error too: what is being written is good
             self.loader.close()
@@ -164,6 +170,12 @@ class Trainer:
         if self.saved is None:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
         return self.saved
+
+    def _report_epoch(self) -> str:
+        """Write down how the current epoch is packed, and say it."""
+        loader, length = self.loader, self.config.training.seq_length
+        self.logger.write(self.step_number, {"data/epoch": loader.epoch, "data/padding_share": loader.padding_share})
+        return f"{len(loader.data)} samples in {loader.rows} rows of {length} tokens, {loader.padding_share:.1%} of them padding"
 
     def _global_work(self, batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens and operations of the global batch."""
