@@ -10,6 +10,7 @@ from typing import Any
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.collate import Collator
 from htc_megatron.data.dataset import PreparedData
+from htc_megatron.data.feature_cache import FeatureCache
 from htc_megatron.data.packing import check_lengths, pack
 from htc_megatron.data.sampler import GlobalBatchSampler, rank_rows
 from htc_megatron.data.tokenizer import load_tokenizer
@@ -50,6 +51,7 @@ class DataLoader:
             then carries one blank image.
         consumed_batches: global batches taken before, over all epochs: where to resume.
         shuffle: False keeps the data's own order in every epoch.
+        cache: of a frozen tower's features; images that it has are not decoded.
 
     Attributes:
         consumed_batches: global batches handed out so far; the whole state. epoch: of the last one.
@@ -69,6 +71,7 @@ class DataLoader:
         needs_pixels: bool,
         consumed_batches: int = 0,
         shuffle: bool = True,
+        cache: FeatureCache | None = None,
     ):
         training = config.training
         self.data = open_data(config, path)
@@ -80,7 +83,7 @@ class DataLoader:
         _check_batch(config, dp_size)
         self.consumed_batches = consumed_batches
         self.epoch, self.rows, self.padding_share = self._epoch()
-        collator = Collator(self.data, config.model, training.seq_length, needs_pixels)
+        collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
         self._prefetch = Prefetcher(self._steps(), collator, _workers(config, needs_pixels))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -121,7 +124,16 @@ class ValidationLoader:
     takes as many steps and no sample is left out. Other arguments as of DataLoader.
     """
 
-    def __init__(self, config: RunConfig, path: str | Path, dp_rank: int, dp_size: int, needs_pixels: bool, max_batches: int = 0):
+    def __init__(
+        self,
+        config: RunConfig,
+        path: str | Path,
+        dp_rank: int,
+        dp_size: int,
+        needs_pixels: bool,
+        max_batches: int = 0,
+        cache: FeatureCache | None = None,
+    ):
         training = config.training
         self.data = open_data(config, path)
         lengths = self.data.lengths(config.model)
@@ -131,7 +143,7 @@ class ValidationLoader:
         rows += [[] for _ in range(-len(rows) % size)]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)][: max_batches or None]
         self._steps = [rank_rows(batch, training.micro_batch_size, dp_rank, dp_size) for batch in batches]
-        self._collator = Collator(self.data, config.model, training.seq_length, needs_pixels)
+        self._collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
         self._workers = _workers(config, needs_pixels)
 
     def __len__(self) -> int:

@@ -159,7 +159,7 @@ class Shard:
     """A shard's arrays, mapped read-only. Raises ConfigError where the file is missing, cut short or not what the index says."""
 
     def __init__(self, folder: Path, entry: ShardEntry):
-        self.path = folder / entry.file
+        self.path, self.sha256 = folder / entry.file, entry.sha256
         if not self.path.is_file():
             raise ConfigError(f"data shard {self.path}: it is missing")
         size = self.path.stat().st_size

@@ -120,7 +120,7 @@ class HTCVLM(nn.Module):
         layout = batch.layout
         ids = batch.input_ids.to(self.device)
         hidden = self.backbone.embedding(input_ids=ids, position_ids=None)  # [s, b, H]
-        images = self.frontend(*self.visual_inputs(batch))  # [images or 1, N + K, H]
+        images = self.frontend(*self.visual_inputs(batch), batch.features)  # [images or 1, N + K, H]
         if layout.num_images:
             row, column = layout.image_places // layout.seq_length, layout.image_places % layout.seq_length
             places = (column * layout.rows + row).reshape(-1).to(self.device)
@@ -135,19 +135,18 @@ class HTCVLM(nn.Module):
         return hidden
 
     def visual_inputs(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Pixels and codes of the batch's images, on the device; one blank image where it has none."""
-        count = batch.layout.num_images
+        """Pixels, of the images that the tower has to see, and codes on the device; one blank image where there are none."""
 
-        def pick(name: str, given: Tensor | None, blank: Tensor) -> Tensor:
+        def pick(name: str, count: int, given: Tensor | None, blank: Tensor) -> Tensor:
             if count and (given is None or len(given) != count):
                 raise ValueError(f"the first stage needs {name} of {count} images, the batch has {0 if given is None else len(given)}")
             return (given if count else blank).to(self.device)
 
         pixels = codes = None
         if self.image.num_patches:
-            pixels = pick("pixel_values", batch.pixel_values, torch.zeros(1, *self.pixel_shape))
+            pixels = pick("pixel_values", batch.num_tower_images, batch.pixel_values, torch.zeros(1, *self.pixel_shape))
         if self.image.num_anchors:
-            codes = pick("codes", batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
+            codes = pick("codes", batch.layout.num_images, batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
         return pixels, codes
 
     def rotary(self, layout: SequenceLayout) -> Tensor:

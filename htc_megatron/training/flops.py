@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, vision included, and the peak they are compared with (MFU).
 
 Counted is what the method needs, not what an implementation spends: attention under the mask's own number of pairs,
-logits at supervised tokens only, no padding, no recomputation. A multiply-add is two operations.
+logits at supervised tokens only, no padding, no recomputation, the vision tower on images only whose features are not known
+already. A multiply-add is two operations.
 """
 
 import math
@@ -76,7 +77,9 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
         seen = vision.num_patches + 1
         layer = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.ffn_hidden_size)
         patchify = 3 * vision.patch_size**2 * vision.hidden_size * vision.num_patches
-        tower = images * (vision.num_layers * (2 * layer * seen + 4 * vision.hidden_size * seen**2) + 2 * patchify)
+        tower = sum(b.num_tower_images for b in batches) * (
+            vision.num_layers * (2 * layer * seen + 4 * vision.hidden_size * seen**2) + 2 * patchify
+        )
         widths = vision.hidden_size * bb.hidden_size + (bb.hidden_size**2 if method.projector == "mlp2x_gelu" else 0)
         projector = 2.0 * images * vision.num_patches * widths
     if method.channels != "continuous":
