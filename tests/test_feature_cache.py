@@ -137,7 +137,7 @@ def test_layouts_compute_the_same(ranks, run, uncached, tmp_path, name):
     for ours, theirs in zip(told[0].steps, uncached, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     first_stage = [one for one in told if one.spared + one.computed]
-    assert all(one.skipped and one.computed and one.spared for one in first_stage)
+    assert all(one.computed and one.spared and (one.skipped or forgetful is not None) for one in first_stage)
     assert sum(one.textual for one in first_stage)
     if "ZeRO-3" in name:
         assert sum(one.idle for one in first_stage), "no rank ever ran its tower for another's sake"

@@ -17,6 +17,7 @@ from htc_megatron.config import ConfigError
 
 COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "save": "a blocking save, and what a save in a thread takes from training",
+    "data": "preparing images beside the encoder's bound, the loader, and how long training waits for it",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks
