@@ -41,9 +41,11 @@ phase data "easy-VQA as LLaVA conversations, and a tokenizer of its words" \
     python examples/easy_vqa_to_llava.py "$run/data"
 phase mgvq "Train MGVQ, the discrete image tokenizer" \
     python tools/train_mgvq.py --config pretrain/recipes/quickstart_mgvq.yaml num_workers=1
-prepare() { # prepare NAME JSON
-    python tools/prepare_data.py --data "$run/data/$2" --images "$run/data/train" --output "$run/data/$1" \
-        --tokenizer "$run/data/tokenizer.model" --mgvq "$run/mgvq/mgvq.safetensors" --system-prompt ""
+prepare() { # prepare NAME JSON [option ...]
+    local name="$1" json="$2"
+    shift 2
+    python tools/prepare_data.py --data "$run/data/$json" --images "$run/data/train" --output "$run/data/$name" \
+        --tokenizer "$run/data/tokenizer.model" --mgvq "$run/mgvq/mgvq.safetensors" --system-prompt "" "$@"
 }
 train() { # train NAME RECIPE [key=value ...]
     local name="$1" recipe="$2"
@@ -51,10 +53,11 @@ train() { # train NAME RECIPE [key=value ...]
     torchrun --nproc-per-node 4 --master-addr 127.0.0.1 --master-port "$(free_port)" --log-dir "$run/logs/$name" \
         pretrain/pretrain_htc.py --config "pretrain/recipes/$recipe" "$@"
 }
-prepare_all() { # side by side on the two cores; the longest shows its progress
-    { prepare align align.json && prepare shapes shapes.json; } >"$run/prepare.log" 2>&1 &
+prepare_all() { # the first encodes every image, on both cores; the others take the codes from it
+    OMP_NUM_THREADS=2 prepare instruct train.json
+    prepare align align.json --codes-from "$run/data/instruct" >"$run/prepare.log" 2>&1 &
     local beside=$!
-    prepare instruct train.json
+    prepare shapes shapes.json --codes-from "$run/data/instruct"
     wait "$beside" || {
         cat "$run/prepare.log" >&2
         return 1

@@ -5,9 +5,26 @@ import json
 import sys
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from htc_megatron.checkpoint.reader import CheckpointReader
 from htc_megatron.config import ConfigError
 from htc_megatron.evaluation.easy_vqa import table
+
+STAGES = {"align": "align", "shapes": "shapes", "instruct": "."}  # the trainings and their folders
+WAIT = "speed/data_wait_share"
+
+
+def data_wait(run: Path) -> dict[str, float]:
+    """Share of the time since its first step that a training's slowest rank has waited for data, over all of its steps."""
+    shares = {}
+    for stage, folder in STAGES.items():
+        path = run / folder / "tensorboard"
+        events = EventAccumulator(str(path))
+        if not path.is_dir() or WAIT not in events.Reload().Tags()["scalars"]:
+            raise ConfigError(f"{path} has no {WAIT}; wanted that of a finished training")
+        shares[stage] = events.Scalars(WAIT)[-1].value
+    return shares
 
 
 def collect(run: Path) -> dict:
@@ -31,6 +48,7 @@ def collect(run: Path) -> dict:
         "layout": {**reader.layout, "precision": config.training.precision, "zero": config.zero},
         "train_iters": config.training.train_iters,
         "mgvq_psnr_db": mgvq["validation"]["psnr"],
+        "data_wait_share": data_wait(run),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
     }
 
@@ -47,6 +65,8 @@ def main() -> int:
     (options.run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\n== Done in {report['seconds']['total']:.0f} s\n")
     print(table(report, report["baselines"]))
+    waits = ", ".join(f"{stage} {share:.2%}" for stage, share in report["data_wait_share"].items())
+    print(f"\ntime spent waiting for data since each training's first step: {waits}")
     print(
         f"\n{options.run}/report.json      what was measured"
         f"\n{options.run}/attention.png    where the voco token looks"

@@ -170,6 +170,7 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     num_workers: int = 1  # decoding threads on the ranks that need pixels
+    feature_cache: str = ""  # folder, shared by all nodes: a frozen tower's features are computed once and kept there; empty: each time
     max_bad_share: float = 0.001  # broken records tolerated in preparation, as a share of all
 
 

@@ -234,6 +234,13 @@ def _training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"training.freeze: got {', '.join(training.freeze)}, wanted one or more of {', '.join(sorted(parts))} left to train"
     if training.eval_interval and not config.data.validation:
         yield f"data.validation: got nothing, wanted a prepared folder with training.eval_interval {training.eval_interval}"
+    if config.data.feature_cache and "vision" not in training.freeze:
+        yield (
+            f"data.feature_cache: got {config.data.feature_cache}, wanted nothing, or vision in training.freeze: a tower that is trained "
+            "gives other features each step"
+        )
+    if config.data.feature_cache and config.model.method.channels == "discrete":
+        yield f"data.feature_cache: got {config.data.feature_cache}, wanted nothing with channels discrete: there is no vision tower"
     if not config.output_dir:
         yield "output_dir: got nothing, wanted a folder for checkpoints and logs"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from htc_megatron.config import ConfigError
 from htc_megatron.data.conversation import examples_to_samples
 from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.images import open_image
-from htc_megatron.data.prepare import QUARANTINE, Preparation, prepare
+from htc_megatron.data.prepare import QUARANTINE, Preparation, Work, prepare
 from htc_megatron.data.shards import Index
 from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.hf.modeling_mgvq import mgvq_pixels
@@ -62,14 +63,56 @@ def test_round_trip(tmp_path, tokenizer, shard_bytes):
     assert leftovers(tmp_path) == ["out"]
 
 
-def test_an_image_is_encoded_once_a_shard(tmp_path, tokenizer, monkeypatch):
-    seen = []
-    coder = encoder(batch_size=4)
+@pytest.fixture
+def watched(monkeypatch):
+    """An encoder, and the number of images it is given each time: once for the codes' shape, then batches."""
+    seen, coder = [], encoder(batch_size=4)
     encode = coder.model.encode
     monkeypatch.setattr(coder.model, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
-    index = prepare(job(tmp_path, tokenizer, encoder=coder))
-    assert index.counts["images"] == 6
-    assert seen == [1, 4, 2]  # once for the codes' shape, then full batches and the rest
+    return coder, seen
+
+
+@pytest.mark.parametrize(("shard_bytes", "batches", "held"), [(1 << 30, [4, 2], 6), (1, [2, 1, 1, 1, 1], 24)])
+def test_an_image_is_encoded_once(tmp_path, tokenizer, watched, shard_bytes, batches, held):
+    """In one shard, and in shards of one sample each, where every image stands in several."""
+    coder, seen = watched
+    work = Work()
+    index = prepare(job(tmp_path, tokenizer, encoder=coder, shard_bytes=shard_bytes), work)
+    assert index.counts["images"] == (
+        held if held == 6 else sum(len(set(s.images)) for s in examples_to_samples(records(), tokenizer, TEMPLATE))
+    )
+    assert sorted(seen[1:]) == sorted(batches)
+    assert (work.encoded, work.known) == (6, index.counts["images"] - 6)
+    assert all(work.seconds[kind] > 0 for kind in ("read", "decode", "resize", "encode", "write"))
+    assert work.images_per_second == pytest.approx(6 / work.seconds["total"])
+
+
+def test_codes_of_earlier_outputs_are_taken(tmp_path, tokenizer, watched):
+    """Other records over the same pictures, one under another name and one of other content under a known name: only that is encoded."""
+    coder, seen = watched
+    made = records()
+    prepare(job(tmp_path / "first", tokenizer, encoder=coder))
+    second = job(
+        tmp_path / "second", tokenizer, made[::-1] + [{"id": "new", "image": "renamed.png", "conversations": turns("<image>?", "a")}]
+    )
+    (second.images / "renamed.png").write_bytes((second.images / "3.png").read_bytes())
+    (second.images / "5.png").write_bytes(png(50, 25, 20))
+    del seen[:]
+    work, options = (
+        Work(),
+        dict(data=second.data, images=second.images, tokenizer=tokenizer, template=TEMPLATE, progress=False, encoder=coder),
+    )
+    index = prepare(Preparation(output=tmp_path / "taken", codes_from=(tmp_path / "first" / "out",), **options), work)
+    assert seen == [1, 1] and (work.encoded, work.known) == (1, 6)
+    anew = prepare(Preparation(output=tmp_path / "anew", **options))
+    ours, theirs = (PreparedData(tmp_path / name).locate(0)[0] for name in ("taken", "anew"))
+    assert index.counts == anew.counts and np.array_equal(ours.codes, theirs.codes) and len(np.unique(ours.codes, axis=0)) == 6
+
+    other = {**options, "encoder": encoder(seed=1), "output": tmp_path / "other"}
+    with pytest.raises(ConfigError, match=r"--codes-from .*taken: it has codes of MGVQ \w{12} at 16 pixels, wanted \w{12} at 16 pixels"):
+        prepare(Preparation(codes_from=(tmp_path / "taken",), **other))
+    with pytest.raises(ConfigError, match="--codes-from is given without --mgvq"):
+        prepare(Preparation(codes_from=(tmp_path / "taken",), **{**other, "encoder": None}))
 
 
 def test_jsonl_parts_make_the_whole(tmp_path, tokenizer):
@@ -287,6 +330,9 @@ def test_the_tool(tmp_path, tokenizer):
 
     done = call("--mgvq", str(tmp_path / "mgvq.safetensors"), "--output", str(tmp_path / "out"), "--system-prompt", "", "--device", "cpu")
     assert done.returncode == 0 and "24 samples, 6 images in 1 shards" in done.stdout, done.stderr
+    assert re.search(r"^6 images encoded, \d+\.\d a second; 0 had their codes already$", done.stdout, re.M)
+    again = call("--mgvq", str(tmp_path / "mgvq.safetensors"), "--output", str(tmp_path / "again"), "--codes-from", str(tmp_path / "out"))
+    assert "0 images encoded, 0.0 a second; 6 had their codes already" in again.stdout, again.stderr
     index = PreparedData(tmp_path / "out").index
     assert index.template == {"system": "", "name": "vicuna_v1"} and (index.mgvq["positions"], index.mgvq["groups"]) == (16, 2)
     again = call("--output", str(tmp_path / "out"))

@@ -193,11 +193,12 @@ def test_other_data_are_not_resumed(ranks, run, tmp_path):
     assert [step for step, *_ in ranks(1).run(train, str(run), [*again, f"data.train={moved}"])[0]] == [2]
     folder = latest(tmp_path / "run" / "checkpoints")  # as older versions wrote it
     manifest = Manifest.read(folder)
-    assert set(manifest.extra) == {"data_fingerprint"}
-    manifest.extra.clear()
+    assert set(manifest.extra) == {"data_fingerprint", "packer"}
+    del manifest.extra["packer"]
     (folder / "checkpoint.json").unlink()
     manifest.write(folder)
-    assert [step for step, *_ in ranks(1).run(train, str(run), [overrides[0], "training.train_iters=3"])[0]] == [3]
+    with pytest.raises(RankFailure, match=r"packs samples by 'best fit decreasing, 4096', wanted 'first fit, 64' as in .*step_0"):
+        ranks(1).run(train, str(run), [overrides[0], "training.train_iters=3"])
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "zero": "ZeRO-3 under 1F1B: bytes sent against the least possible, a step's time against ZeRO-1",
     "scale": "memory, seconds and tokens a second of a step as data-parallel ranks are added, ZeRO-3 beside ZeRO-1",
     "generate": "a question on a compressed image beside uncompressed LLaVA: seconds, their parts, and the floor",
+    "data": "preparing images beside the encoder's bound, the loader, and how long training waits for it",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks

@@ -11,7 +11,7 @@ import torch
 
 from htc_megatron.config import ConfigError, DataConfig
 from htc_megatron.data.conversation import VICUNA_SYSTEM_PROMPT, Template
-from htc_megatron.data.prepare import QUARANTINE, CodeEncoder, Preparation, prepare
+from htc_megatron.data.prepare import QUARANTINE, CodeEncoder, Preparation, Work, prepare
 from htc_megatron.data.tokenizer import load_tokenizer
 from htc_megatron.model.mgvq import load_mgvq, mgvq_fingerprint
 
@@ -24,6 +24,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder to write; must not exist")
     add("--tokenizer", required=True, help="sentencepiece .model file or transformers tokenizer folder")
     add("--mgvq", type=Path, help="MGVQ weights, .safetensors or the public .pt; left out: no codes, for channels: continuous")
+    add(
+        "--codes-from", type=Path, nargs="+", default=[], metavar="DIR", help="earlier outputs: images that they hold are not encoded again"
+    )
     add("--system-prompt", default=VICUNA_SYSTEM_PROMPT, help="text before the first USER:; may be empty")
     add("--seq-length", type=int, default=0, help="leave out samples longer than this, images expanded; 0: no limit")
     add("--tokens-per-image", type=int, default=0, help="places an image takes in --seq-length: anchors + patches + voco tokens")
@@ -46,7 +49,7 @@ def parse_part(text: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        encoder = None
+        encoder, work = None, Work()
         if options.mgvq:
             model = load_mgvq(options.mgvq, encoder_only=True)
             encoder = CodeEncoder(model.to(options.device), mgvq_fingerprint(model), options.batch_size, options.device)
@@ -64,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
                 shard_bytes=options.shard_mib << 20,
                 part=parse_part(options.part),
                 overwrite=options.overwrite,
-            )
+                codes_from=tuple(options.codes_from),
+            ),
+            work,
         )
     except ConfigError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
@@ -75,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{counts['text_tokens']} text tokens, {counts['supervised_tokens']} of them supervised; "
         f"{counts['bad']} records left out" + (f", named in {QUARANTINE}" if counts["bad"] else "")
     )
+    if encoder is not None:
+        print(f"{work.encoded} images encoded, {work.images_per_second:.1f} a second; {work.known} had their codes already")
     return 0
 
 

@@ -8,9 +8,10 @@ import torch
 from htc_megatron.config import ConfigError, ModelConfig
 from htc_megatron.data.conversation import IMAGE_TOKEN_INDEX
 from htc_megatron.data.dataset import PreparedData
+from htc_megatron.data.feature_cache import FeatureCache
 from htc_megatron.data.images import BadImage, blank_codes, blank_pixels, clip_pixels, open_image
 from htc_megatron.data.shards import Shard
-from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
+from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout, VisionFeatures
 
 IGNORE_INDEX = -100
 
@@ -40,10 +41,11 @@ class Collator:
     """Builds micro-batches of packed rows. Safe to call from several threads.
 
     needs_pixels: pixel_values and codes are built, each where its channel is used; else both are None.
+    cache: where features of images may be known already; then features are built too, and pixels of the other images alone.
     """
 
-    def __init__(self, data: PreparedData, model: ModelConfig, seq_length: int, needs_pixels: bool):
-        self.data, self.model, self.seq_length, self.needs_pixels = data, model, seq_length, needs_pixels
+    def __init__(self, data: PreparedData, model: ModelConfig, seq_length: int, needs_pixels: bool, cache: FeatureCache | None = None):
+        self.data, self.model, self.seq_length, self.needs_pixels, self.cache = data, model, seq_length, needs_pixels, cache
         self.shape = ImageShape.from_config(model)
 
     def __call__(self, rows: list[list[int]]) -> MicroBatch:
@@ -70,28 +72,47 @@ class Collator:
         layout = SequenceLayout(len(rows), self.seq_length, _table(samples, 3), _table(images, 2), self.shape)
         batch = MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), layout)
         if self.needs_pixels:
-            if self.shape.num_patches:
-                batch.pixel_values = torch.from_numpy(self._pixels(sources))
+            if self.shape.num_patches and self.cache is not None:
+                batch.features = _known_features(sources, self.cache)
+                batch.pixel_values = read_pixels(batch.features.missing, self.model)
+            elif self.shape.num_patches:
+                batch.pixel_values = read_pixels(sources, self.model)
             if self.shape.num_anchors:
                 batch.codes = torch.from_numpy(self._codes(sources))
         return batch
-
-    def _pixels(self, sources: list[tuple[Shard, int]]) -> np.ndarray:
-        if not sources:
-            return blank_pixels(self.model)
-        size = self.model.vision.image_size
-        pixels = np.empty((len(sources), 3, size, size), dtype=np.float32)
-        for place, (shard, image) in enumerate(sources):
-            try:
-                pixels[place] = clip_pixels(open_image(shard.image_bytes(image)), size)
-            except BadImage as error:
-                raise ConfigError(f"data shard {shard.path}: image {image}: {error}: prepare or copy the data again") from None
-        return pixels
 
     def _codes(self, sources: list[tuple[Shard, int]]) -> np.ndarray:
         if not sources:
             return blank_codes(self.model)
         return np.stack([shard.codes[image] for shard, image in sources])
+
+
+def read_pixels(sources: list[tuple[Shard, int]], model: ModelConfig) -> torch.Tensor:
+    """Decoded and prepared images; one blank image for none. [images or 1, 3, side, side]. Raises ConfigError on damaged data."""
+    if not sources:
+        return torch.from_numpy(blank_pixels(model))
+    size = model.vision.image_size
+    pixels = np.empty((len(sources), 3, size, size), dtype=np.float32)
+    for place, (shard, image) in enumerate(sources):
+        try:
+            pixels[place] = clip_pixels(open_image(shard.image_bytes(image)), size)
+        except BadImage as error:
+            raise ConfigError(f"data shard {shard.path}: image {image}: {error}: prepare or copy the data again") from None
+    return torch.from_numpy(pixels)
+
+
+def _known_features(sources: list[tuple[Shard, int]], cache: FeatureCache) -> VisionFeatures:
+    """What the cache has of some images, before any rank agrees with another."""
+    if not sources:
+        blank = torch.zeros(1, *cache.shape, dtype=cache.dtype)
+        return VisionFeatures([], torch.ones(1, dtype=torch.bool), blank, torch.zeros(1, dtype=torch.int64), run_tower=False)
+    numbers = {source: number for number, source in enumerate(dict.fromkeys(sources))}
+    read = [cache.read(*source) for source in numbers]
+    known = [features for features in read if features is not None]
+    found = torch.tensor([features is not None for features in read])
+    stacked = torch.stack(known) if known else torch.empty(0, *cache.shape, dtype=cache.dtype)
+    image_of = torch.tensor([numbers[source] for source in sources])
+    return VisionFeatures(list(numbers), found, stacked, image_of, run_tower=not bool(found.all()))
 
 
 def _table(rows: list[tuple], columns: int) -> torch.Tensor:

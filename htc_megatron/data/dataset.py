@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -66,6 +67,11 @@ class PreparedData:
             if self._shards[number] is None:
                 self._shards[number] = Shard(*self._entries[number])
         return self._shards[number], sample - int(self._first[number])
+
+    def shards(self) -> Iterator[Shard]:
+        """All of them, in order."""
+        for folder, entry in self._entries:
+            yield Shard(folder, entry)
 
     def lengths(self, model: ModelConfig) -> np.ndarray:
         """Tokens of every sample with its images expanded. [samples] int64."""

@@ -10,6 +10,8 @@ from htc_megatron.config import ModelConfig
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean in 0..255, LLaVA-1.5's padding
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+# [3, 256] float32: what each of a channel's bytes becomes. Looked up, a picture takes a third of the time, to the same bits.
+NORMALISED = ((np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - CLIP_MEAN) / CLIP_STD).T.copy()
 
 
 class BadImage(ValueError):
@@ -43,8 +45,10 @@ def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
     square = pad_to_square(image)
     if square.size != (size, size):
         square = square.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(square, dtype=np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1))
+    values, pixels = np.asarray(square), np.empty((3, size, size), dtype=np.float32)
+    for channel in range(3):
+        np.take(NORMALISED[channel], values[..., channel], out=pixels[channel], mode="clip")  # mode: without it, take buffers its output
+    return pixels
 
 
 def blank_pixels(model: ModelConfig) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.collate import Collator
 from htc_megatron.data.dataset import PreparedData
+from htc_megatron.data.feature_cache import FeatureCache
 from htc_megatron.data.packing import check_lengths, pack
 from htc_megatron.data.sampler import GlobalBatchSampler, rank_rows
 from htc_megatron.data.tokenizer import load_tokenizer
@@ -50,11 +51,13 @@ class DataLoader:
             then carries one blank image.
         consumed_batches: global batches taken before, over all epochs: where to resume.
         shuffle: False keeps the data's own order in every epoch.
+        cache: of a frozen tower's features; images that it has are not decoded.
 
     Attributes:
         consumed_batches: global batches handed out so far; the whole state. epoch: of the last one.
-        wait_seconds: time spent in waiting for a step that was not ready. wait_share: the same over the time since the first step.
-        padding_share: of the places in the current epoch's rows.
+        wait_seconds: time spent in waiting since the end of the first step, whose own data nothing can be done beside.
+        wait_share: the same over the time since then.
+        rows, padding_share: of the current epoch: packed rows, and the share of their places that holds no token.
 
     Raises ConfigError where data and configuration do not fit.
     """
@@ -68,6 +71,7 @@ class DataLoader:
         needs_pixels: bool,
         consumed_batches: int = 0,
         shuffle: bool = True,
+        cache: FeatureCache | None = None,
     ):
         training = config.training
         self.data = open_data(config, path)
@@ -77,15 +81,16 @@ class DataLoader:
         )
         self.micro_batch_size, self.dp_rank, self.dp_size = training.micro_batch_size, dp_rank, dp_size
         _check_batch(config, dp_size)
-        self.consumed_batches, self.epoch, self.padding_share = consumed_batches, self.sampler.epoch, self.sampler.packing.padding_share
-        collator = Collator(self.data, config.model, training.seq_length, needs_pixels)
-        self._prefetch = Prefetcher(self._steps(), collator, config.data.num_workers if needs_pixels else 0)
+        self.consumed_batches = consumed_batches
+        self.epoch, self.rows, self.padding_share = self._epoch()
+        collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
+        self._prefetch = Prefetcher(self._steps(), collator, _workers(config, needs_pixels))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
     def __next__(self) -> list[MicroBatch]:
-        (self.epoch, self.padding_share), batches = next(self._prefetch)
+        (self.epoch, self.rows, self.padding_share), batches = next(self._prefetch)
         self.consumed_batches += 1
         return batches
 
@@ -103,9 +108,13 @@ class DataLoader:
 
     def _steps(self) -> Iterator[Step]:
         while True:
-            epoch, batch = self.sampler.next_batch()
-            state = (epoch, self.sampler.packing.padding_share)
-            yield state, rank_rows(batch, self.micro_batch_size, self.dp_rank, self.dp_size)
+            _, batch = self.sampler.next_batch()
+            yield self._epoch(), rank_rows(batch, self.micro_batch_size, self.dp_rank, self.dp_size)
+
+    def _epoch(self) -> tuple[int, int, float]:
+        """Of the epoch that the sampler is in: its number, rows and share of padding."""
+        packing = self.sampler.packing
+        return self.sampler.epoch, len(packing.rows), packing.padding_share
 
 
 class ValidationLoader:
@@ -115,7 +124,16 @@ class ValidationLoader:
     takes as many steps and no sample is left out. Other arguments as of DataLoader.
     """
 
-    def __init__(self, config: RunConfig, path: str | Path, dp_rank: int, dp_size: int, needs_pixels: bool, max_batches: int = 0):
+    def __init__(
+        self,
+        config: RunConfig,
+        path: str | Path,
+        dp_rank: int,
+        dp_size: int,
+        needs_pixels: bool,
+        max_batches: int = 0,
+        cache: FeatureCache | None = None,
+    ):
         training = config.training
         self.data = open_data(config, path)
         lengths = self.data.lengths(config.model)
@@ -125,8 +143,8 @@ class ValidationLoader:
         rows += [[] for _ in range(-len(rows) % size)]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)][: max_batches or None]
         self._steps = [rank_rows(batch, training.micro_batch_size, dp_rank, dp_size) for batch in batches]
-        self._collator = Collator(self.data, config.model, training.seq_length, needs_pixels)
-        self._workers = config.data.num_workers if needs_pixels else 0
+        self._collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
+        self._workers = _workers(config, needs_pixels)
 
     def __len__(self) -> int:
         """Steps of a pass."""
@@ -152,14 +170,14 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._ahead: deque[tuple[Any, list[Future[MicroBatch]]]] = deque()
         self._closed = False
-        self._begun: float | None = None
+        self._asked = 0  # how often a step was asked for
+        self._begun = 0.0  # when the second one was: the first step is over then
         self.wait_seconds = 0.0
 
     @property
     def wait_share(self) -> float:
-        """Share of the time since the first step that was spent in waiting."""
-        elapsed = time.perf_counter() - self._begun if self._begun is not None else 0.0
-        return self.wait_seconds / elapsed if elapsed > 0 else 0.0
+        """Share of the time since the end of the first step that was spent in waiting; 0 before."""
+        return self.wait_seconds / (time.perf_counter() - self._begun) if self._asked > 1 else 0.0
 
     def __iter__(self) -> Iterator[tuple[Any, list[MicroBatch]]]:
         return self
@@ -168,7 +186,9 @@ class Prefetcher:
         if self._closed:
             raise RuntimeError("the data loader is closed")
         begin = time.perf_counter()
-        self._begun = begin if self._begun is None else self._begun
+        self._asked += 1
+        if self._asked == 2:
+            self._begun = begin
         try:
             if self._pool is None:
                 state, micro_batches = next(self._steps)
@@ -185,7 +205,8 @@ class Prefetcher:
             self._fill()
             return state, batches
         finally:
-            self.wait_seconds += time.perf_counter() - begin
+            if self._asked > 1:
+                self.wait_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
         self._closed = True
@@ -200,6 +221,11 @@ class Prefetcher:
                 return
             state, micro_batches = step
             self._ahead.append((state, [self._pool.submit(self._collator, rows) for rows in micro_batches]))
+
+
+def _workers(config: RunConfig, needs_pixels: bool) -> int:
+    """Threads: ranks without pixels have little to build, but need not wait for it either."""
+    return config.data.num_workers if needs_pixels else min(1, config.data.num_workers)
 
 
 def _check_batch(config: RunConfig, dp_size: int) -> None:

@@ -98,7 +98,8 @@ class ShardBuilder:
     def __init__(self):
         self.image_numbers: dict[str, int] = {}
         self.images: list[bytes] = []
-        self.codes: list[np.ndarray] = []  # in the order of images; some may still be on their way
+        self.digests: list[bytes] = []  # image_digest of each
+        self.codes: list[np.ndarray | None] = []  # of each; None: still on its way, or not wanted at all
         self.tokens: list[np.ndarray] = []
         self.supervised: list[np.ndarray] = []
         self.references: list[list[int]] = []
@@ -112,10 +113,14 @@ class ShardBuilder:
     def has_image(self, name: str) -> bool:
         return name in self.image_numbers
 
-    def add_image(self, name: str, data: bytes) -> None:
-        self.image_numbers[name] = len(self.images)
+    def add_image(self, name: str, data: bytes, digest: bytes, codes: np.ndarray | None = None) -> int:
+        """Returns its number in this shard."""
+        number = self.image_numbers[name] = len(self.images)
         self.images.append(data)
+        self.digests.append(digest)
+        self.codes.append(codes)
         self.bytes += len(data)
+        return number
 
     def add_sample(self, sample: Sample) -> None:
         """Its images must have been added."""
@@ -125,8 +130,8 @@ class ShardBuilder:
         self.names.append(sample.name.encode("utf-8", "replace"))
         self.bytes += 5 * len(sample.ids)
 
-    def write(self, folder: Path, name: str) -> ShardEntry:
-        """One safetensors file, synced to disk."""
+    def write(self, folder: Path, name: str, with_codes: bool) -> ShardEntry:
+        """One safetensors file, synced to disk. with_codes: all images have theirs; a shard without images has none."""
         tensors = {
             "tokens": np.concatenate(self.tokens),
             "supervised": np.concatenate(self.supervised),
@@ -138,7 +143,7 @@ class ShardBuilder:
             "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
             "name_offsets": _offsets(self.names),
         }
-        if self.codes:
+        if with_codes and self.codes:
             tensors["codes"] = np.ascontiguousarray(np.stack(self.codes), dtype=np.int16)
         path = folder / name
         save_file(tensors, path)
@@ -154,7 +159,7 @@ class Shard:
     """A shard's arrays, mapped read-only. Raises ConfigError where the file is missing, cut short or not what the index says."""
 
     def __init__(self, folder: Path, entry: ShardEntry):
-        self.path = folder / entry.file
+        self.path, self.sha256 = folder / entry.file, entry.sha256
         if not self.path.is_file():
             raise ConfigError(f"data shard {self.path}: it is missing")
         size = self.path.stat().st_size
@@ -169,6 +174,10 @@ class Shard:
             raise ConfigError(
                 f"data shard {self.path}: it holds {seen[0]} samples and {seen[1]} images, the index wants {samples} and {entry.images}"
             )
+
+    @property
+    def num_images(self) -> int:
+        return len(self.arrays["image_offsets"]) - 1
 
     @property
     def codes(self) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from htc_megatron.config import ModelConfig
 from htc_megatron.hf.modeling_mgvq import codebook_lookup
-from htc_megatron.model.layout import ImageShape
+from htc_megatron.model.layout import ImageShape, VisionFeatures
 from htc_megatron.model.vision import ClipVisionTower
 
 
@@ -86,17 +86,15 @@ class HybridFrontEnd(nn.Module):
         if method.num_voco_tokens:
             self.voco = VocoEmbedding(hidden, config.params_dtype)
 
-    def forward(self, pixel_values: Tensor | None, codes: Tensor | None) -> Tensor:
+    def forward(self, pixel_values: Tensor | None, codes: Tensor | None, features: VisionFeatures | None = None) -> Tensor:
         """Embeddings of whole images, V_hy and voco tokens: [images, N + K, H].
 
         pixel_values: [images, 3, side, side]; codes: [images, positions, groups]; each needed by its channel only.
+        features: what is known of the images already. Then pixel_values holds the missing ones, or a blank one where none is.
         """
         parts = {}
         if self.shape.num_patches:
-            trained = any(p.requires_grad for p in self.vision.parameters())
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # a frozen tower keeps no graph
-                features = self.vision(pixel_values)
-            parts["patches"] = self.projector(features).transpose(0, 1)
+            parts["patches"] = self.projector(self.vision_features(pixel_values, features)).transpose(0, 1)
         if self.shape.num_anchors:
             parts["anchors"] = self.anchors(self.codebook(codes))
         order = ("patches", "anchors") if self.shape.fusion == "post" else ("anchors", "patches")
@@ -105,3 +103,18 @@ class HybridFrontEnd(nn.Module):
             images = len(pieces[0])
             pieces.append(self.voco(images * self.shape.num_voco).view(images, self.shape.num_voco, -1))
         return torch.cat(pieces, 1)
+
+    def vision_features(self, pixel_values: Tensor | None, features: VisionFeatures | None) -> Tensor:
+        """The tower's output, computed or, where it is known, taken from `features`. [patches, images, h]"""
+        if features is None:
+            return self._run_tower(pixel_values)
+        if features.run_tower:
+            computed = self._run_tower(pixel_values)
+            if features.missing:  # else it was the blank image: only ranks beside this one had something to compute
+                features.computed = computed.transpose(0, 1)
+        return features.whole(self.vision.class_embedding.device)
+
+    def _run_tower(self, pixel_values: Tensor) -> Tensor:
+        trained = any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # a frozen tower keeps no graph
+            return self.vision(pixel_values)

@@ -148,7 +148,7 @@ class HTCVLM(nn.Module):
         places = order.places[: max(order.num_text, 1)].clamp_min(0)
         ids = batch.input_ids.reshape(-1)[places].to(self.device)
         text = self.backbone.embedding(input_ids=ids[None], position_ids=None)[: order.num_text]  # [num_text, 1, H]
-        images = self.frontend(*self.visual_inputs(batch)).to(text.dtype)  # [images or 1, N + K, H]
+        images = self.frontend(*self.visual_inputs(batch), batch.features).to(text.dtype)  # [images or 1, N + K, H]
         if order.num_images:
             visual, voco = (x.flatten(0, 1)[:, None] for x in images.split([order.image.num_visual, order.image.num_voco], 1))
             zones = fill_up(torch.cat([text, voco]), order.language), fill_up(visual, order.visual)
@@ -162,19 +162,18 @@ class HTCVLM(nn.Module):
         return hidden
 
     def visual_inputs(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Pixels and codes of the batch's images, on the device; one blank image where it has none."""
-        count = batch.layout.num_images
+        """Pixels, of the images that the tower has to see, and codes on the device; one blank image where there are none."""
 
-        def pick(name: str, given: Tensor | None, blank: Tensor) -> Tensor:
+        def pick(name: str, count: int, given: Tensor | None, blank: Tensor) -> Tensor:
             if count and (given is None or len(given) != count):
                 raise ValueError(f"the first stage needs {name} of {count} images, the batch has {0 if given is None else len(given)}")
             return (given if count else blank).to(self.device)
 
         pixels = codes = None
         if self.image.num_patches:
-            pixels = pick("pixel_values", batch.pixel_values, torch.zeros(1, *self.pixel_shape))
+            pixels = pick("pixel_values", batch.num_tower_images, batch.pixel_values, torch.zeros(1, *self.pixel_shape))
         if self.image.num_anchors:
-            codes = pick("codes", batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
+            codes = pick("codes", batch.layout.num_images, batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
         return pixels, codes
 
     def rotary(self, layout: SequenceLayout, order: RowOrder) -> tuple[Tensor, Tensor]:

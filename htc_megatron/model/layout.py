@@ -7,6 +7,7 @@ Every pipeline stage builds the same layout from the batch's own metadata; no ma
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,12 +139,50 @@ class SequenceLayout:
 
 
 @dataclass
+class VisionFeatures:
+    """The vision tower's features of a micro-batch's images where they are kept on disk: some are known, the others computed.
+
+    sources: the micro-batch's distinct images, in the order in which they first come: (shard, number), what the cache calls them.
+    found: [distinct] bool: whose features are known; pixel_values holds the others' pixels alone, in this order.
+    known: [found, patches, h], in the tower's precision.
+    image_of: [num_images] int64: the distinct image that each of the layout's images is.
+    run_tower: whether the tower runs on this micro-batch: alike on all ranks whose towers communicate, needed here or not.
+    computed: [not found, patches, h], left here by the front-end.
+
+    A micro-batch without an image has a blank one, without a source, whose features are known to be zeros.
+    """
+
+    sources: list[tuple[Any, int]]
+    found: Tensor
+    known: Tensor
+    image_of: Tensor
+    run_tower: bool = True
+    computed: Tensor | None = None
+
+    @property
+    def missing(self) -> list[tuple[Any, int]]:
+        """Distinct images that the tower has to see."""
+        return [source for source, found in zip(self.sources, self.found.tolist(), strict=False) if not found]
+
+    def whole(self, device: torch.device) -> Tensor:
+        """Features of all images, known and computed, as the tower itself would give them: [patches, images, h]."""
+        known = self.known.to(device)
+        distinct = known.new_empty(len(self.found), *known.shape[1:])
+        found = self.found.to(device)
+        distinct[found] = known
+        if self.missing:
+            distinct[~found] = self.computed
+        return distinct[self.image_of.to(device)].transpose(0, 1).contiguous()
+
+
+@dataclass
 class MicroBatch:
     """One packed micro-batch as every rank of a model-parallel group sees it.
 
     input_ids: [rows, seq_length] int64; 0 at V_hy and padding, the voco id at voco tokens.
     labels: [rows, seq_length] int64, aligned with input_ids (not shifted); -100 where there is no loss.
     pixel_values: [num_images, 3, side, side] float32, CLIP-normalised; None where the front-end does not live.
+    features: features of the images that are known already, pixel_values then being the others'; None without a cache.
     codes: [num_images, positions, groups] int16 MGVQ codes; None likewise.
     """
 
@@ -152,6 +191,12 @@ class MicroBatch:
     layout: SequenceLayout
     pixel_values: Tensor | None = None
     codes: Tensor | None = None
+    features: VisionFeatures | None = None
+
+    @property
+    def num_tower_images(self) -> int:
+        """Images that the vision tower has to see."""
+        return self.layout.num_images if self.features is None else len(self.features.missing)
 
     @property
     def num_supervised(self) -> int:

@@ -2,7 +2,7 @@
 
 Counted is what the method needs, not what an implementation spends: attention under the mask's own number of pairs, no query
 of a V_hy token that sees only itself, of the last layer only what is read, logits at supervised tokens only, no padding, no
-recomputation (model/operations.py has the formulas).
+recomputation, the vision tower on images only whose features are not known already (model/operations.py has the formulas).
 """
 
 import time
@@ -19,6 +19,7 @@ from htc_megatron.model.operations import (
     layer_operations,
     output_operations,
     sample_pairs,
+    tower_operations,
 )
 
 # Dense bf16 (or fp32 where noted) peak of one device in FLOP/s, from the vendors' data sheets.
@@ -77,6 +78,8 @@ def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
     tokens = sum(int((b.layout.samples[:, 2] - b.layout.samples[:, 1]).sum()) for b in batches)
     images = sum(b.layout.num_images for b in batches)
     parts = frontend_operations(model, images) | {"adapters": adapter_operations(model, tokens)}
+    if "vision" in parts:
+        parts["vision"] = tower_operations(model.vision, sum(b.num_tower_images for b in batches))
     parts["backbone"] = sum(backbone_operations(config, b) for b in batches)
     backward = backward_factors(model, config.training.freeze)
     return sum(operations * (1 + backward[part]) for part, operations in parts.items())

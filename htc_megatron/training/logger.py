@@ -27,7 +27,8 @@ class Logger:
     def __init__(self, config: RunConfig, groups: Groups, first_step: int, peak: float, clock: StageClock):
         self.config, self.groups, self.clock = config, groups, clock
         self.bubble: dict[str, str] = {}  # what the progress bar shows of it
-        self.peak = self._over_ranks(peak, dist.ReduceOp.SUM)
+        (self.peak,) = self._over_ranks(dist.ReduceOp.SUM, peak)
+        self.waited = 0.0
         self.writer = self.bar = None
         if groups.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,16 +39,17 @@ class Logger:
             )
         self._reset()
 
-    def _over_ranks(self, value: float, op: dist.ReduceOp) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.groups.device)
+    def _over_ranks(self, op: dist.ReduceOp, *values: float) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.groups.device)
         dist.all_reduce(tensor, op)
-        return float(tensor)
+        return tensor.tolist()
 
     def _reset(self) -> None:
         self.began, self.steps, self.tokens, self.images, self.flops = time.perf_counter(), 0, 0, 0, 0.0
 
     def step(self, step: int, result: StepResult, lr: float, tokens: int, flops: float, waited: float) -> None:
-        """Take in step `step` (counted from 1). tokens, flops: of the global batch. waited: share of time spent waiting for data."""
+        """Take in step `step` (counted from 1). tokens, flops: of the global batch. waited: share of the time since
+        the first step that this rank has waited for data; shown is the rank that has waited most."""
         self.steps += 1
         self.tokens += tokens
         self.images += result.images
@@ -57,10 +59,11 @@ class Logger:
             self._bubble(step)
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix(loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3f}", lr=f"{lr:.2e}", **self.bubble, refresh=False)
+            figures = {"loss": f"{result.loss:.4f}", "norm": f"{result.grad_norm:.3f}", "lr": f"{lr:.2e}", "waited": f"{self.waited:.1%}"}
+            self.bar.set_postfix(figures | self.bubble, refresh=False)
         if not due:
             return
-        memory = self._over_ranks(peak_memory(self.groups.device), dist.ReduceOp.MAX)
+        memory, self.waited = self._over_ranks(dist.ReduceOp.MAX, peak_memory(self.groups.device), waited)
         seconds = (time.perf_counter() - self.began) / self.steps
         if self.writer is not None:
             self.write(
@@ -73,7 +76,7 @@ class Logger:
                     "speed/tokens_per_second": self.tokens / self.steps / seconds,
                     "speed/images_per_second": self.images / self.steps / seconds,
                     "speed/mfu": self.flops / self.steps / seconds / self.peak,
-                    "speed/data_wait_share": waited,
+                    "speed/data_wait_share": self.waited,
                     "memory/peak_gib_per_rank": memory,
                 },
             )

@@ -11,7 +11,9 @@ from htc_megatron.checkpoint.folder import resolve
 from htc_megatron.checkpoint.rng import rng_state, set_rng_state
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.dataset import PreparedData
+from htc_megatron.data.feature_cache import check_sums
 from htc_megatron.data.loader import DataLoader, ValidationLoader, open_data
+from htc_megatron.data.packing import PACKER
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mgvq import load_codebook
 from htc_megatron.model.stages import describe_stages
@@ -22,9 +24,11 @@ from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
+from htc_megatron.training.tower_features import TowerFeatures
 from htc_megatron.weights.table import is_adapter
 
-DATA = "data_fingerprint"  # what a checkpoint's `extra` calls the data that its step number is a place in
+# What a checkpoint's `extra` calls the data that its step number is a place in, and the packer of the rows that steps are made of
+DATA, PACKING = "data_fingerprint", "packer"
 
 
 class TrainingError(RuntimeError):
@@ -35,10 +39,11 @@ def check_files(config: RunConfig) -> None:
     """Refuse a run whose files do not fit, before any process group is made."""
     if not config.data.train:
         raise ConfigError("data.train is empty: name a folder written by tools/prepare_data.py")
-    open_data(config, config.data.train)
-    if config.data.validation:
-        open_data(config, config.data.validation)
-    elif config.training.eval_interval:
+    for path in filter(None, (config.data.train, config.data.validation)):
+        data = open_data(config, path)
+        if config.data.feature_cache:
+            check_sums(data)
+    if not config.data.validation and config.training.eval_interval:
         interval = config.training.eval_interval
         raise ConfigError(f"training.eval_interval is {interval}, but data.validation is empty: name prepared data or set 0")
     if config.model.method.channels != "continuous":
@@ -62,12 +67,16 @@ def check_same_order(saved: RunConfig, config: RunConfig, source: Path) -> None:
 
 
 def check_same_data(loaded: Loaded, data: PreparedData) -> None:
-    """Refuse to resume on other data, whose step number would be another place. Checkpoints of older versions do not say."""
-    wanted = loaded.extra.get(DATA, data.fingerprint)
+    """Refuse to resume on other data, or on the same packed into other rows: the step number would be another place."""
+    anew = "to start anew from its weights, name it in init_from and set another output_dir"
+    packer = loaded.extra.get(PACKING, "first fit, 64")  # of the versions that did not say
+    if packer != PACKER:
+        raise ConfigError(f"data.train: this version packs samples by {PACKER!r}, wanted {packer!r} as in {loaded.folder}; {anew}")
+    wanted = loaded.extra.get(DATA)
     if data.fingerprint != wanted:
         raise ConfigError(
-            f"data.train: the samples in {data.path} have fingerprint {data.fingerprint[:12]}, wanted {wanted[:12]} as in {loaded.folder}, "
-            "which was trained on other data; to start anew from its weights, name it in init_from and set another output_dir"
+            f"data.train: the samples in {data.path} have fingerprint {data.fingerprint[:12]}, wanted {str(wanted)[:12]} as in "
+            f"{loaded.folder}, which was trained on other data; {anew}"
         )
 
 
@@ -97,13 +106,14 @@ class Trainer:
         self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
         self.buffers = HostBuffers()
         needs_pixels = groups.first_stage
-        data = config.data
-        self.loader = DataLoader(config, data.train, groups.dp_rank, groups.dp_size, needs_pixels, self.step_number, data.shuffle)
+        data, place = config.data, (groups.dp_rank, groups.dp_size, needs_pixels)
+        # after the start, which decides the tower's weights
+        self.features = TowerFeatures(self.engine, config, groups) if data.feature_cache and groups.first_stage else None
+        cache = self.features and self.features.cache
+        self.loader = DataLoader(config, data.train, *place, self.step_number, data.shuffle, cache)
         self.validation = None
         if data.validation and config.training.eval_interval:
-            self.validation = ValidationLoader(
-                config, data.validation, groups.dp_rank, groups.dp_size, needs_pixels, config.training.eval_iters
-            )
+            self.validation = ValidationLoader(config, data.validation, *place, config.training.eval_iters, cache)
         peak = peak_flops(groups.device, next(self.engine.module.parameters()).dtype)
         self.logger = Logger(config, groups, self.step_number, peak, self.engine.clock)
         if groups.pp_size > 1:
@@ -136,9 +146,16 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step. Returns the last checkpoint's folder."""
         training, optimizer = self.config.training, self.config.optimizer
+        epoch = self.loader.epoch
+        self.logger.say(f"data: epoch {epoch + 1} has {self._report_epoch()}")
+        if self.features is not None:
+            cache, size = self.features.cache, self.features.cache.size_of(self.loader.data) / 2**30
+            self.logger.say(f"data.feature_cache: {cache.folder} takes up to {size:.2f} GiB, {cache.stride} bytes an image")
         try:
             for step in range(self.step_number, training.train_iters):
                 batches = next(self.loader)
+                if self.features is not None:
+                    self.features.agree(batches)
                 lr = learning_rate(optimizer, step, training.train_iters)
                 result = train_step(self.engine, batches, lr)
                 self.step_number = step + 1
@@ -149,19 +166,43 @@ class Trainer:
                         f"both must be finite; the last checkpoint is {self.saved or 'none'}"
                     )
                 tokens, flops = self._global_work(batches)
+                if self.features is not None:
+                    self.features.keep(batches)
                 self.logger.step(self.step_number, result, lr, tokens, flops, self.loader.wait_share)
+                if self.loader.epoch != epoch:
+                    epoch = self.loader.epoch
+                    self._report_epoch()
                 self._watch_save()
                 if self.validation is not None and self.step_number % training.eval_interval == 0:
                     self._evaluate()
                 if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
                     self.save()
+            if self.features is not None:
+                self._report_features(*self.features.totals())
+            self.logger.say(f"waited for data {self.logger.waited:.2%} of the time since the first step, on the rank that waited most")
         finally:
             self._end_save()  # after an error too: what is being written is good
             self.loader.close()
+            if self.features is not None:
+                self.features.close()
             self.logger.close()
         if self.saved is None:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
         return self.saved
+
+    def _report_epoch(self) -> str:
+        """Write down how the current epoch is packed, and say it."""
+        loader, length = self.loader, self.config.training.seq_length
+        self.logger.write(self.step_number, {"data/epoch": loader.epoch, "data/padding_share": loader.padding_share})
+        return f"{len(loader.data)} samples in {loader.rows} rows of {length} tokens, {loader.padding_share:.1%} of them padding"
+
+    def _report_features(self, spared: int, computed: int, failed: int) -> None:
+        share = spared / max(spared + computed, 1)
+        self.logger.say(f"data.feature_cache: the tower ran on {computed} images and was spared {spared}, {share:.1%} of all")
+        if failed:
+            self.logger.say(
+                f"data.feature_cache: {failed} ranks could not write all they computed; {self.features.failure or 'others did'}"
+            )
 
     def _global_work(self, batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens and operations of the global batch."""
@@ -171,7 +212,8 @@ class Trainer:
         return int(work[0]), float(work[1])
 
     def _evaluate(self) -> None:
-        loss = evaluate(self.engine, self.validation)
+        steps = self.validation if self.features is None else self.features.around(self.validation)
+        loss = evaluate(self.engine, steps)
         self.logger.write(self.step_number, {"validation/loss": loss})
         self.logger.say(f"step {self.step_number}: validation loss {loss:.4f}")
 
@@ -180,7 +222,12 @@ class Trainer:
         training, groups = self.config.training, self.groups
         began = time.perf_counter()
         failed = self._end_save()
-        what = {"step": self.step_number, "config": self.config, "extra": {DATA: self.loader.data.fingerprint}, "rng": rng_state()}
+        what = {
+            "step": self.step_number,
+            "config": self.config,
+            "extra": {DATA: self.loader.data.fingerprint, PACKING: PACKER},
+            "rng": rng_state(),
+        }
         how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
         if training.async_save and self.step_number < training.train_iters and not failed:
             self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
