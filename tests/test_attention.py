@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htc_megatron.model.attention import dense_attention, plan_attention, split_attention
+from htc_megatron.model.attention import dense_attention, split_attention
+from htc_megatron.model.attention_plan import plan_attention
 from htc_megatron.model.layout import ImageShape, SequenceLayout
 from htc_megatron.model.mask import PADDING, MaskRule, dense_mask, token_kinds
 from htc_megatron.model.rows import RowOrder

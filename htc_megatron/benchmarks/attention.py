@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
 from htc_megatron.config import ConfigError
-from htc_megatron.model.attention import plan_attention, split_attention
+from htc_megatron.model.attention import split_attention
+from htc_megatron.model.attention_plan import plan_attention
 from htc_megatron.model.layout import ImageShape, SequenceLayout
 from htc_megatron.model.mask import MaskRule, dense_mask
 from htc_megatron.model.rows import RowOrder
