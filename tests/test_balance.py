@@ -59,6 +59,8 @@ def test_the_tower_takes_layers_off_the_first_stage():
     trained, frozen = (layers_of_stages(tiny_config(**deep, training__freeze=freeze)) for freeze in ([], ["vision"]))
     without = layers_of_stages(tiny_config(**deep, model__method__channels="discrete"))
     assert trained[0] < frozen[0] < without[0]
+    known = layers_of_stages(tiny_config(**deep, training__freeze=["vision"], data__feature_cache="features"))
+    assert frozen[0] < known[0]  # the tower hardly runs
     assert all(sum(layers) == 40 for layers in (trained, frozen, without))
 
 

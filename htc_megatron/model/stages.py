@@ -70,6 +70,8 @@ def part_costs(config: RunConfig) -> Costs:
     last_layer = cost(layer_operations(bb, seen, seen, SAMPLE_SUPERVISED, text_pairs), "backbone", full)
     first = Cost(0.0, 0.0)
     for part, operations in frontend_operations(model, 1).items():
+        if part == "vision" and config.data.feature_cache:
+            continue  # run once an image, and read from then on
         first = first.plus(cost(operations, part, full and part == "vision"))
     return Costs(
         layer=layer.plus(cost(adapters, "adapters", full)),
