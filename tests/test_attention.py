@@ -94,6 +94,18 @@ def test_uncompressed_without_voco(sees):
     compare(build([[[3, 5], [2]]], ImageShape(0, 9, 0)), MaskRule("none", sees))
 
 
+@pytest.mark.parametrize("num_voco", [1, 2])
+def test_bf16_rounds_results_and_not_scores(num_voco):
+    """Products of size 200 would be off by a half if bf16 rounded them; results and weights are, by 2^-8 of the largest value."""
+    layout = build([[[3, 5]]], ImageShape(4, 60, num_voco))
+    generator = torch.Generator().manual_seed(0)
+    shape = (layout.seq_length, layout.rows, 4, 32)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).mul_(size).bfloat16() for size in (6, 6, 1)]
+    split = split_of_places(*leaves, layout, MaskRule())
+    precise = split_of_places(*(x.double() for x in leaves), layout, MaskRule())
+    assert (split.double() - precise).abs().max() <= 2**-7 * precise.abs().max()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.lists(

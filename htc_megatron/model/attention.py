@@ -115,8 +115,7 @@ class _VocoRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, voco_key, voco_value, key, value, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        precise = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.cat([_products(query, key), _products(query, voco_key)], -1).to(precise) * scale
+        scores = torch.cat([_products(query, key), _products(query, voco_key)], -1) * scale
         if mask is not None:
             scores = scores.masked_fill_(~mask, float("-inf"))
         weight = scores.softmax(-1)
@@ -129,7 +128,7 @@ class _VocoRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_own: Tensor):
         query, voco_key, voco_value, key, value, weight = ctx.saved_tensors
         sizes = [key.shape[1], voco_key.shape[1]]
-        d_weight = torch.cat([_products(grad, value), _products(grad, voco_value)], -1).to(weight.dtype)
+        d_weight = torch.cat([_products(grad, value), _products(grad, voco_value)], -1)
         d_scores = (d_weight - (d_weight * weight).sum(-1, keepdim=True)).mul_(weight).mul_(ctx.scale).to(query.dtype)
         (over_image, over_voco), (scores, voco_scores) = (x.to(query.dtype).split(sizes, -1) for x in (weight, d_scores))
         d_query = _sums(scores, key) + _sums(voco_scores, voco_key)
@@ -138,7 +137,9 @@ class _VocoRows(torch.autograd.Function):
 
 
 def _products(rows: Tensor, keys: Tensor) -> Tensor:
-    """Each row with each key: [images, groups, r, d], [images, n, groups, d] -> [images, groups, r, n]."""
+    """Each row with each key, in fp32 at least: [images, groups, r, d], [images, n, groups, d] -> [images, groups, r, n]."""
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    rows, keys = rows.to(precise), keys.to(precise)
     return torch.stack([row @ key.permute(1, 2, 0) for row, key in zip(rows, keys, strict=True)])  # of one image keys are not copied
 
 
