@@ -111,8 +111,9 @@ class Asked:
     """Questions asked of a model again and again: `self()` returns seconds, and `parts` keeps what they were spent on.
 
     inputs: called in the time that is counted, for what generate() takes. named: parts that are timed by the modules they run in.
-    A part is seconds of one call: those of `named`, before (until the prompt is in: loading, compressing, and the modules named in it),
-    prefill (the modules named in it included) and step (median over the steps of decoding). tokens: of the last answer.
+    A part is seconds of one call: before (until the first pass over the prompt: loading, encoding and compressing; transformers runs
+    LLaVA's tower there too), prefill, step (median over the steps of decoding), and those of `named`, which are within before.
+    tokens: of the last answer.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Callable[[], dict[str, Tensor]], answer: int, named: dict[str, nn.Module]):
@@ -281,7 +282,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("uncompressed LLaVA, a question", shown(seconds["uncompressed"])),
         ("  tower", shown(peer["tower"])),
-        ("  prefill", shown(peer["prefill"] - peer["tower"])),
+        ("  prefill", shown(peer["prefill"])),
         (f"  {steps}", shown(peer["step"])),
         ("ours, a question on a cached image", shown(seconds["cached"])),
         ("  loading from the store", shown(cached["before"])),
