@@ -35,12 +35,13 @@ def test_waits_are_counted_from_the_end_of_the_first_step(monkeypatch):
 
 def log_steps(folder: Path) -> None:
     from htc_megatron.parallel import groups as process_groups
+    from htc_megatron.parallel.bubble import StageClock
     from htc_megatron.training.logger import Logger
     from htc_megatron.training.step import StepResult
 
     config = tiny_config(output_dir=str(folder), training__train_iters=2)
     groups = process_groups.initialise(config.parallel, 0)
-    logger = Logger(config, groups, 0, peak=1e9)
+    logger = Logger(config, groups, 0, peak=1e9, clock=StageClock(groups.device))
     for step in (1, 2):
         logger.step(step, StepResult(1.0, 1.0, 10, 1), 0.1, 20, 1e6, waited=0.01 * step * (groups.rank + 1))
     logger.close()
