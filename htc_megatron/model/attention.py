@@ -204,7 +204,7 @@ class LayoutParams(PackedSeqParams):
 
     order: of the rows. cos, sin: [rows, 1, d / 2], of the rows' positions, in the activations' precision.
     plan: of the split attention; or mask [b, s, s] for the reference, which computes every row in every layer.
-    wanted: rows of the language zone that are read behind the last layer; the others are left out there. None: all are read.
+    wanted: rows of the language zone that are read behind the last layer, and what they do not need is left out; None: all are read.
     needs_images: whether these rows need V_hy in the last layer.
     """
 
@@ -230,7 +230,7 @@ class LayoutParams(PackedSeqParams):
         return cls(qkv_format="sbhd", order=order, plan=plan_attention(layout, rule, order).to(device))
 
     def read_only(self, rows: Tensor) -> None:
-        """Let the last layer compute what is needed for `rows` [n] of the language zone alone. Nothing changes for the reference."""
+        """Let the layers compute what is needed for `rows` [n] of the language zone alone. Nothing changes for the reference."""
         if self.plan is None:
             return
         self.wanted = rows
@@ -247,17 +247,23 @@ class LayoutAttention(nn.Module):
         self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
 
     def attend(
-        self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], params: LayoutParams, images: bool = True
+        self,
+        query: Tensor,
+        keys: tuple[Tensor, Tensor],
+        values: tuple[Tensor, Tensor],
+        params: LayoutParams,
+        images: bool = True,
+        visual: bool = True,
     ) -> Tensor:
         """`split_attention`, or the reference on the same rows; all local to this TP rank.
 
-        Returns [rows, heads, d] in the ranks' order of shares; without `images` of the text rows.
+        Returns [rows, heads, d] in the ranks' order of shares; without `visual` of the language zone, without `images` of the text rows.
         No `forward`: hooks would have to see the same tensors here whatever the micro-batch holds.
         """
         order = params.order
         if params.mask is None:
-            language, visual = split_attention(query, keys, values, params.plan, self.scale, images)
-            return language if visual is None else order.share_out(language, visual)
+            language, of_images = split_attention(query, keys, values, params.plan, self.scale, images)
+            return order.share_out(language, of_images) if images and visual else language
         at = [order.at_places(x).unflatten(0, params.mask.shape[:2]) for x in (query, torch.cat(keys), torch.cat(values))]
         out = dense_attention(*at, params.mask, self.scale).flatten(0, 1)
         rows = out[order.places.to(out.device).clamp_min(0)]

@@ -1,7 +1,8 @@
 """One layer of the backbone on rows in the order of model/rows.py: mcore's modules, our way through them.
 
-mcore's own layer computes queries, keys and values of every token and every row of the last layer. Here V rows have no query
-where they ask nothing, and the last layer goes on with the rows alone that somebody reads.
+mcore's own layer computes queries, keys and values of every token and every row of every layer. Here V rows have no query
+where they ask nothing, and nothing is computed that nobody reads: behind the last layer only some rows are; so the last layer needs
+no V rows at all, and the one before it only their keys and values.
 """
 
 from collections.abc import Callable
@@ -152,10 +153,11 @@ def _add_part(layer: QKVLinear, whole: Tensor, part: Tensor, bare: bool) -> None
 class LayoutSelfAttention(SelfAttention):
     """mcore's self-attention under M_hy."""
 
-    def forward(self, rows: Tensor, params: LayoutParams, images: bool = True) -> Tensor:
+    def forward(self, rows: Tensor, params: LayoutParams, images: bool = True, visual: bool = True) -> Tensor:
         """Normed rows [n (/ tp), 1, H] -> what `linear_proj` takes: [n, 1, heads / tp * d], in the ranks' order of shares.
 
         images False: rows are of the language zone alone, and the result is of the text rows alone.
+        visual False: the result is of the language zone alone.
         """
         order, bare = params.order, not params.queries_everywhere
         found = self.linear_qkv(rows, order.local[0], bare)
@@ -171,14 +173,14 @@ class LayoutSelfAttention(SelfAttention):
             return [(x, turns[0][zone], turns[1][zone]) for zone, parts in enumerate(heads(flat)) for x in parts[:-1]]
 
         found = rotary_(found, turning)
-        language, *visual = heads(found)
+        language, *zones = heads(found)
         query, *(keys, values) = (x.flatten(1, 2) for x in language)
         keys, values = (keys, keys[:0]), (values, values[:0])
-        for zone in visual:
+        for zone in zones:
             *queries, key, value = (x.flatten(1, 2) for x in zone)
             keys, values = (keys[0], key), (values[0], value)
             query = torch.cat([query, *queries])
-        return self.core_attention.attend(query, keys, values, params, images).flatten(1).unsqueeze(1)
+        return self.core_attention.attend(query, keys, values, params, images, visual).flatten(1).unsqueeze(1)
 
     def _entries(self, bare: bool) -> int:
         """What linear_qkv makes of a row: entries here, of all groups."""
@@ -195,7 +197,7 @@ class LayoutSelfAttention(SelfAttention):
 class DecoderLayer(TransformerLayer):
     """LLaMA's layer. With selective recomputation norms and SwiGLU are not kept but made again; matrix products are kept."""
 
-    is_last = False  # of the whole backbone: set by the model
+    behind = 0  # layers of the whole backbone behind this one: set by the model
 
     def forward(self, hidden_states: Tensor, packed_seq_params: LayoutParams | None = None, attention_mask=None, **_):
         """Rows [n (/ tp), 1, H] -> the same, or in the last layer the rows alone that `packed_seq_params` wants; and None."""
@@ -204,15 +206,17 @@ class DecoderLayer(TransformerLayer):
             raise RuntimeError("a layer was called without the micro-batch's layout: the mask would be lost")
         if attention_mask is not None:
             raise RuntimeError("attention takes its mask from the layout alone, but a mask tensor was passed")
-        last = self.is_last and params.wanted is not None
-        images = not last or params.needs_images
+        reach = self.behind + params.needs_images if params.wanted is not None else 2
+        images, visual, last = reach > 0, reach > 1, self.behind == 0 and params.wanted is not None
         if not images:
             hidden_states = hidden_states[: params.order.local[0]]
         again = self.config.recompute_granularity == "selective" and torch.is_grad_enabled()
         normed = self.input_layernorm(hidden_states, keep=again)
-        found = self.self_attention(normed, params, images)
+        found = self.self_attention(normed, params, images, visual)
         if again:
             forget(normed, self.input_layernorm.again(hidden_states), found)
+        if not visual:
+            hidden_states = hidden_states[: params.order.local[0]]
         if last:
             found, hidden_states = self._wanted(found, hidden_states, params)
         hidden_states = hidden_states + self.self_attention.linear_proj(found)[0]
@@ -229,14 +233,10 @@ class DecoderLayer(TransformerLayer):
 
     def _wanted(self, found: Tensor, hidden: Tensor, params: LayoutParams) -> tuple[Tensor, Tensor]:
         """Of attention's results and of the residual the rows that are read, shared out again under sequence parallelism."""
-        order, wanted = params.order, params.wanted
-        found = order.gathered(found) if params.needs_images else found
-        shares = order.shares
+        shares, wanted = params.order.shares, params.wanted
         rows = F.pad(wanted, (0, -len(wanted) % shares))
         if shares == 1:
             return found.index_select(0, rows), hidden.index_select(0, rows)
         group = self.tp_group
-        whole = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden[: order.local[0]], tensor_parallel_output_grad=False, group=group
-        )
+        whole = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
         return found.index_select(0, rows), tensor_parallel.scatter_to_sequence_parallel_region(whole.index_select(0, rows), group=group)

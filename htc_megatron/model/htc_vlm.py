@@ -59,7 +59,8 @@ class HTCVLM(nn.Module):
         if last:
             options = dict(config=self.config, init_method=self.config.init_method, vocab_size=self.vocab_size, tp_rank=tp_rank)
             self.backbone.output_layer = OutputLayer(model.backbone.hidden_size, self.padded_vocab, **options)
-            self.backbone.decoder.layers[-1].is_last = True
+        for layer in self.backbone.decoder.layers:
+            layer.behind = self.config.num_layers - layer.layer_number
         self.tied = self._tie(config) if model.backbone.tie_word_embeddings and (first or last) else None
         self.rotary_base = model.backbone.rotary_base
         self._freeze(config)
@@ -101,7 +102,7 @@ class HTCVLM(nn.Module):
             raise RuntimeError("a pipeline stage was called without the micro-batch's layout: the mask would be lost")
         params = LayoutParams.from_layout(layout, self.rule, self.attention, self.device, self.shares)
         params.cos, params.sin = self.rotary(layout, params.order)
-        rows, targets, weight = self.supervised(batch, params.order) if self.last and not logits else (None, None, 1.0)
+        rows, targets, weight = self.supervised(batch, params.order) if not logits else (None, None, 1.0)
         if rows is not None:
             params.read_only(rows)
         if self.first:

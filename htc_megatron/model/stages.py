@@ -68,6 +68,9 @@ def part_costs(config: RunConfig) -> Costs:
     # of the last layer only the rows that predict a supervised token are read, and only the keys that text sees
     seen = tokens - image.num_visual if compressed else tokens
     last_layer = cost(layer_operations(bb, seen, seen, SAMPLE_SUPERVISED, text_pairs), "backbone", full)
+    # of the layer before it V_hy has keys and values alone; that is taken off the last one's, on whose stage it mostly is
+    spared = cost(layer_operations(bb, 0, 0, tokens - seen, 0), "backbone", full)
+    last_layer = last_layer.plus(spared, -(bb.num_layers > 1))
     first = Cost(0.0, 0.0)
     for part, operations in frontend_operations(model, 1).items():
         if part == "vision" and config.data.feature_cache:

@@ -64,8 +64,11 @@ def backbone_operations(config: RunConfig, batch: MicroBatch) -> float:
     if _last_layer_reads_images(batch, rule):
         seen, pairs = tokens, text_pairs + image_pairs
     layer = layer_operations(bb, tokens - visual * alone, tokens, tokens, text_pairs + image_pairs)
+    before_last = layer_operations(bb, tokens - visual * alone, tokens, seen, text_pairs + image_pairs)
     last = layer_operations(bb, min(seen, tokens - visual * alone), seen, batch.num_supervised, pairs)
-    return (bb.num_layers - 1) * layer + last + output_operations(bb, batch.num_supervised)
+    if bb.num_layers == 1:
+        return last + output_operations(bb, batch.num_supervised)
+    return (bb.num_layers - 2) * layer + before_last + last + output_operations(bb, batch.num_supervised)
 
 
 def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
