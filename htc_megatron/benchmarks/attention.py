@@ -1,14 +1,13 @@
 """Attention of one sample, forward and backward: ours beside SDPA with the dense mask and plain causal SDPA."""
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
+from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
 from htc_megatron.config import ConfigError
 from htc_megatron.model.attention import split_attention
 from htc_megatron.model.attention_plan import plan_attention
@@ -25,19 +24,6 @@ def sample_layout(anchors: int, patches: int, text: int) -> SequenceLayout:
     image = ImageShape(anchors, patches, 1)
     length = image.length + text
     return SequenceLayout(1, length, torch.tensor([[0, 0, length]]), torch.tensor([[0, 0]]), image)
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """`work` as one that returns its own seconds, the device's included."""
-
-    def run() -> float:
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    return run
 
 
 def split_work(layout: SequenceLayout, *rows: torch.Tensor) -> Callable[[], list[torch.Tensor]]:

@@ -20,7 +20,7 @@ import torch
 
 from htc_megatron.benchmarks import attention, train
 from htc_megatron.benchmarks.memory import peak_allocated
-from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
+from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
 from htc_megatron.benchmarks.workload import num_parameters, random_batch
 from htc_megatron.config import BackboneConfig, ConfigError, OptimizerConfig, RunConfig, TrainingConfig, VisionConfig
 from htc_megatron.config_io import check, load_zero
@@ -84,7 +84,7 @@ def measure(config: RunConfig, groups: process_groups.Groups, rounds: int, say: 
             step()
             with peak_allocated() as peak:
                 step()
-            found["seconds"][name] = alternated({name: train.timed(step)}, rounds, say)[name]
+            found["seconds"][name] = alternated({name: timed(step)}, rounds, say)[name]
             found["memory_mib"][name] = peak.mib
         except torch.OutOfMemoryError:
             say(f"{name}: does not fit")
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         rows += [(f"largest error in {p} from CPU", f"{max(e.values()):.1e}") for p, e in found_errors.items()]
         sample = attention.sample_layout(4, 576 if device.type == "cuda" else 12, args.text)
         roads = attention.works(sample, 32, 128 if device.type == "cuda" else 16, torch.bfloat16, device.type)
-        seconds = alternated({key: attention.timed(work) for key, work in roads.items()}, 4 * args.rounds, say)
+        seconds = alternated({key: timed(work) for key, work in roads.items()}, 4 * args.rounds, say)
         ratios = {f"attention_{key}_over_ours": median_ratio(seconds[key], seconds["ours"]) for key in ("dense", "causal")}
         measured = {}
         for size, config in configs.items():

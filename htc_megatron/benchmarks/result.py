@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,19 @@ def machine() -> dict[str, Any]:
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    """`work` as one that returns its own seconds, the device's included."""
+
+    def run() -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return run
 
 
 def alternated(works: dict[str, Callable[[], float]], rounds: int, say: Say = lambda sentence: None) -> dict[str, list[float]]:

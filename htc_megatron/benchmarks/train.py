@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htc_megatron.benchmarks.attention import timed
 from htc_megatron.benchmarks.memory import allocated, peak_allocated
-from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
+from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
 from htc_megatron.benchmarks.workload import TEXT_BEFORE, num_parameters, random_batch
 from htc_megatron.config import (
     BackboneConfig,

@@ -202,7 +202,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 class LayoutParams(PackedSeqParams):
     """Carries what a micro-batch's layout decides to every layer, by mcore's own parameter for packed sequences.
 
-    order: of the rows. cos, sin: [rows, 1, d / 2], of the rows' positions, in the activations' precision.
+    order: of the rows. cos, sin: [rows, d / 2], of the rows' positions, in the activations' precision.
     plan: of the split attention; or mask [b, s, s] for the reference, which computes every row in every layer.
     wanted: rows of the language zone that are read behind the last layer, and what they do not need is left out; None: all are read.
     needs_images: whether these rows need V_hy in the last layer.
@@ -229,11 +229,14 @@ class LayoutParams(PackedSeqParams):
             return cls(qkv_format="sbhd", order=order, mask=dense_mask(layout, rule).to(device))
         return cls(qkv_format="sbhd", order=order, plan=plan_attention(layout, rule, order).to(device))
 
-    def read_only(self, rows: Tensor) -> None:
-        """Let the layers compute what is needed for `rows` [n] of the language zone alone. Nothing changes for the reference."""
+    def read_only(self, rows: Tensor, device: torch.device) -> None:
+        """Let the layers compute what is needed for `rows` [n] of the language zone alone. Nothing changes for the reference.
+
+        rows: on CPU, where asking what is among them holds no device up.
+        """
         if self.plan is None:
             return
-        self.wanted = rows
+        self.wanted = rows.to(device)
         self.needs_images = self.plan.text_sees_images or bool((rows >= self.order.num_text).any())
 
 

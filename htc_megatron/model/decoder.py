@@ -161,10 +161,11 @@ class LayoutSelfAttention(SelfAttention):
         """
         order, bare = params.order, not params.queries_everywhere
         found = self.linear_qkv(rows, order.local[0], bare)
-        first = order.language * self._entries(False)
+        d, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        first = order.language * (self.num_attention_heads_per_partition + 2 * groups) * d
 
         def heads(flat: Tensor) -> list[tuple[Tensor, ...]]:
-            """(queries unless bare,) keys and values of each zone, [n, groups, heads of a group, d]."""
+            """`_heads` of each zone that has rows."""
             mine, theirs = flat.split([first, len(flat) - first])
             return [self._heads(mine, False), *([self._heads(theirs, bare)] if len(theirs) else [])]
 
@@ -182,12 +183,8 @@ class LayoutSelfAttention(SelfAttention):
             query = torch.cat([query, *queries])
         return self.core_attention.attend(query, keys, values, params, images, visual).flatten(1).unsqueeze(1)
 
-    def _entries(self, bare: bool) -> int:
-        """What linear_qkv makes of a row: entries here, of all groups."""
-        d, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
-        return 2 * groups * d + (0 if bare else self.num_attention_heads_per_partition * d)
-
     def _heads(self, flat: Tensor, bare: bool) -> tuple[Tensor, ...]:
+        """One zone's results of linear_qkv, flat -> (queries unless bare,) keys and values, [n, groups, heads of a group, d]."""
         d, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
         of_group = self.num_attention_heads_per_partition // groups
         sizes = [1, 1] if bare else [of_group, 1, 1]

@@ -104,7 +104,7 @@ class HTCVLM(nn.Module):
         params.cos, params.sin = self.rotary(layout, params.order)
         rows, targets, weight = self.supervised(batch, params.order) if not logits else (None, None, 1.0)
         if rows is not None:
-            params.read_only(rows)
+            params.read_only(rows, self.device)
         if self.first:
             hidden = self.embed(batch, params.order)
         else:
@@ -123,22 +123,22 @@ class HTCVLM(nn.Module):
             hidden = params.order.gathered(hidden)
         if logits:
             return self.logits(params.order.at_places(hidden).unflatten(0, (layout.rows, layout.seq_length)))
-        hidden = hidden[: len(rows)] if params.wanted is not None else hidden.index_select(0, rows)
-        return self._output(hidden, targets) * weight
+        hidden = hidden[: len(rows)] if params.wanted is not None else hidden.index_select(0, rows.to(self.device))
+        return self._output(hidden, targets.to(self.device)) * weight
 
     def shape_between_stages(self, layout: SequenceLayout) -> tuple[int, int]:
         """(rows, seq_length) of what stages exchange for a micro-batch of this shape, in mcore's words."""
         return 1, capacity(layout.rows, layout.seq_length, self.shares)
 
     def supervised(self, batch: MicroBatch, order: RowOrder) -> tuple[Tensor, Tensor, float]:
-        """Rows that are read behind the last layer, their targets, and the weight of their loss.
+        """Rows that are read behind the last layer, their targets, both on CPU, and the weight of their loss.
 
         One row at weight zero where there is none: every rank takes the same road through the output layer.
         """
         rows, targets = wanted_rows(order, batch.labels)
         if not len(rows):
-            return torch.zeros(1, dtype=torch.int64, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device), 0.0
-        return rows.to(self.device), targets.to(self.device), 1.0
+            return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0.0
+        return rows, targets, 1.0
 
     def embed(self, batch: MicroBatch, order: RowOrder) -> Tensor:
         """Rows of text, voco and V_hy. [n (/ tp), 1, H]

@@ -48,6 +48,23 @@ def layer_operations(bb: BackboneConfig, queries: float, keys: float, outputs: f
     return 2 * bb.hidden_size * widths + 4 * bb.hidden_size * pairs
 
 
+def layers_operations(
+    bb: BackboneConfig, rule: MaskRule, tokens: float, visual: float, supervised: float, pairs: tuple[float, float], read: bool
+) -> tuple[float, float, float]:
+    """Any layer, the one before the last, and the last, of which only what is read is computed (model/decoder.py).
+
+    tokens: all rows; visual: those of V_hy among them; pairs: of text rows and of images' rows. read: whether the last layer needs
+    V_hy, because text sees it or a voco token's output is read.
+    """
+    alone = rule.mask == "star" and rule.image_sees == "own"  # V_hy tokens see only themselves and need no query
+    asking = tokens - visual * alone
+    seen = tokens if read else tokens - visual
+    layer = layer_operations(bb, asking, tokens, tokens, sum(pairs))
+    before_last = layer_operations(bb, asking, tokens, seen, sum(pairs))
+    last = layer_operations(bb, min(seen, asking), seen, supervised, sum(pairs) if read else pairs[0])
+    return layer, before_last, last
+
+
 def output_operations(bb: BackboneConfig, rows: float) -> float:
     """The output layer at the rows that carry loss."""
     return 2 * bb.hidden_size * bb.vocab_size * rows

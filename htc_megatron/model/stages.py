@@ -16,7 +16,7 @@ from htc_megatron.model.operations import (
     adapter_operations,
     backward_factors,
     frontend_operations,
-    layer_operations,
+    layers_operations,
     output_operations,
     sample_pairs,
 )
@@ -55,22 +55,18 @@ def part_costs(config: RunConfig) -> Costs:
     factors = backward_factors(model, training.freeze)
     full = config.parallel.recompute == "full"
     tokens = SAMPLE_TEXT + image.length
-    compressed = rule.mask != "none"
-    text_pairs, image_pairs = sample_pairs(tokens, [SAMPLE_PREFIX], image, rule)
-    alone = rule.mask == "star" and rule.image_sees == "own"  # V_hy tokens see only themselves and need no query
+    pairs = sample_pairs(tokens, [SAMPLE_PREFIX], image, rule)
     adapters = adapter_operations(model, tokens) / bb.num_layers
 
     def cost(operations: float, part: str, again: bool = False) -> Cost:
         backward = factors[part] * operations
         return Cost(operations, backward + operations * (again and backward > 0))
 
-    layer = cost(layer_operations(bb, tokens - alone * image.num_visual, tokens, tokens, text_pairs + image_pairs), "backbone", full)
-    # of the last layer only the rows that predict a supervised token are read, and only the keys that text sees
-    seen = tokens - image.num_visual if compressed else tokens
-    last_layer = cost(layer_operations(bb, seen, seen, SAMPLE_SUPERVISED, text_pairs), "backbone", full)
-    # of the layer before it V_hy has keys and values alone; that is taken off the last one's, on whose stage it mostly is
-    spared = cost(layer_operations(bb, 0, 0, tokens - seen, 0), "backbone", full)
-    last_layer = last_layer.plus(spared, -(bb.num_layers > 1))
+    work = (tokens, image.num_visual, SAMPLE_SUPERVISED, pairs, rule.mask == "none")
+    any_layer, before_last, last = layers_operations(bb, rule, *work)
+    # what the layer before the last spares is taken off the last one, on whose stage it mostly is
+    spared = any_layer - before_last if bb.num_layers > 1 else 0.0
+    layer, last_layer = cost(any_layer, "backbone", full), cost(last - spared, "backbone", full)
     first = Cost(0.0, 0.0)
     for part, operations in frontend_operations(model, 1).items():
         if part == "vision" and config.data.feature_cache:

@@ -16,7 +16,7 @@ from htc_megatron.model.operations import (
     adapter_operations,
     backward_factors,
     frontend_operations,
-    layer_operations,
+    layers_operations,
     output_operations,
     sample_pairs,
     tower_operations,
@@ -58,17 +58,10 @@ def backbone_operations(config: RunConfig, batch: MicroBatch) -> float:
     bb, rule, layout = config.model.backbone, MaskRule.from_config(config.model.method), batch.layout
     tokens = int((layout.samples[:, 2] - layout.samples[:, 1]).sum())
     visual = layout.num_images * layout.image.num_visual
-    text_pairs, image_pairs = attention_pairs(batch, rule)
-    alone = rule.mask == "star" and rule.image_sees == "own"
-    seen, pairs = tokens - visual, text_pairs
-    if _last_layer_reads_images(batch, rule):
-        seen, pairs = tokens, text_pairs + image_pairs
-    layer = layer_operations(bb, tokens - visual * alone, tokens, tokens, text_pairs + image_pairs)
-    before_last = layer_operations(bb, tokens - visual * alone, tokens, seen, text_pairs + image_pairs)
-    last = layer_operations(bb, min(seen, tokens - visual * alone), seen, batch.num_supervised, pairs)
-    if bb.num_layers == 1:
-        return last + output_operations(bb, batch.num_supervised)
-    return (bb.num_layers - 2) * layer + before_last + last + output_operations(bb, batch.num_supervised)
+    work = (tokens, visual, batch.num_supervised, attention_pairs(batch, rule), _last_layer_reads_images(batch, rule))
+    layer, before_last, last = layers_operations(bb, rule, *work)
+    layers = (bb.num_layers - 2) * layer + before_last if bb.num_layers > 1 else 0
+    return layers + last + output_operations(bb, batch.num_supervised)
 
 
 def step_flops(config: RunConfig, batches: list[MicroBatch]) -> float:
