@@ -120,6 +120,7 @@ class ZeroEngine:
         self.tied: TiedEmbedding | None = module.tied
         engine.config = module.config  # where mcore's schedules look for it
         patches.count_norm_by_tp_rank(engine, groups.tp_rank)  # mend 4
+        patches.norm_by_pieces(engine)
         patches.before_backward(engine, self._before_backward)
         self._backwards, self._micro_batches = 0, 1
         self.clock = StageClock(groups.device)  # of the passes of training
