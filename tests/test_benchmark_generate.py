@@ -8,6 +8,7 @@ import torch
 from htc_megatron.benchmarks import generate
 from htc_megatron.benchmarks.generate import Asked, Sizes, build, step_bytes
 from htc_megatron.config import ConfigError
+from htc_megatron.inference.products import OneDnnLinear
 
 TINY = dict(hidden=32, layers=3, heads=4, vocabulary=64, tower_hidden=16, tower_layers=3, tower_heads=2, image_size=32, patch_size=8)
 
@@ -37,7 +38,7 @@ def test_what_answers_cost():
         assert min(part["before"], part["prefill"], part["step"]) > 0, name
         slowest = max(found["rounds"][name])
         assert part["before"] + part["prefill"] + 2 * part["step"] < slowest  # half of the steps take the median or longer
-    for name in ("uncompressed", "first", "first_with_mgvq"):
+    for name in ("uncompressed", "same_products", "first", "first_with_mgvq"):
         assert 0 < parts[name]["tower"] < parts[name]["before"], name
     assert parts["first"].keys() == parts["uncompressed"].keys() and parts["cached"].keys() == {"before", "prefill", "step"}
     assert 0 < parts["first_with_mgvq"]["mgvq"] < parts["first_with_mgvq"]["before"]
@@ -49,7 +50,7 @@ def test_what_answers_cost():
 
 
 def test_both_are_one_backbone_and_tower():
-    peer, ours = build(Sizes(**TINY), "tiny")
+    peer, same, ours = build(Sizes(**TINY), "tiny")
     pixels = torch.randn(1, 3, 32, 32)
     patches = peer.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(ours.model.vision_tower(pixels).last_hidden_state[:, 1:], patches, atol=1e-6, rtol=0)
@@ -61,12 +62,16 @@ def test_both_are_one_backbone_and_tower():
     )
     ids = torch.randint(3, 63, (1, 7))
     assert torch.equal(peer(input_ids=ids).logits.argmax(-1), ours(ids).logits.argmax(-1))
-    assert sum(weight.nbytes for weight in step_bytes(peer)) == sum(weight.nbytes for weight in step_bytes(ours))
+    assert torch.equal(peer(input_ids=ids).logits.argmax(-1), same(input_ids=ids).logits.argmax(-1))
+    for weights in zip(*(step_bytes(model) for model in (peer, same, ours)), strict=True):
+        assert len({weight.data_ptr() for weight in weights}) == 1
+    kinds = [type(model.lm_head) for model in (peer, same, ours)]
+    assert kinds == [torch.nn.Linear, OneDnnLinear, OneDnnLinear]
 
 
 def test_the_answer_has_its_length():
     """Greedy to the end, though the model would end it: the end of sequence is the likeliest token."""
-    peer, _ = build(Sizes(**TINY), "tiny")
+    peer, *_ = build(Sizes(**TINY), "tiny")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         hidden = peer.model(input_ids=ids).last_hidden_state[0, -1]

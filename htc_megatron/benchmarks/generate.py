@@ -1,6 +1,8 @@
 """A question about an image: transformers' uncompressed LLaVA beside HTC-VLM on an image that was compressed before.
 
 Both have the same backbone, tower and projector, shared in memory; weights are random, and answers are greedy and of a fixed length.
+Ours is as `htc_megatron.inference.load` gives it, on CPU with products by oneDNN. LLaVA runs as transformers gives it and, to tell what
+is due to compression alone, once more with the same products.
 Parts of an answer are timed inside the run that is counted: the tower by its hooks, prefill and steps of decoding by the streamer.
 """
 
@@ -25,6 +27,7 @@ from htc_megatron.config import ConfigError
 from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
+from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore, file_key
 from htc_megatron.training.flops import peak_flops
 
@@ -56,8 +59,11 @@ class Sizes:
     batch: int = 16
 
 
-def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, HTCVLMForConditionalGeneration]:
-    """The peer, and ours with the peer's backbone, tower and projector in it. Raises ConfigError for sizes that make no model."""
+def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration, HTCVLMForConditionalGeneration]:
+    """The peer; the peer with our products; and ours: three models that share the weights of backbone, tower and projector.
+
+    Raises ConfigError for sizes that make no model.
+    """
     try:
         text = LlamaConfig(
             vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.hidden * 11 // 4,
@@ -70,9 +76,8 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, HTCVL
         )  # fmt: skip
         token, patches = sizes.vocabulary - 1, (sizes.image_size // sizes.patch_size) ** 2
         published = CLIPVisionConfig(**vision, num_hidden_layers=sizes.tower_layers)
-        peer = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=published, text_config=text, image_token_index=token, image_seq_length=patches)
-        ).eval()
+        uncompressed = LlavaConfig(vision_config=published, text_config=text, image_token_index=token, image_seq_length=patches)
+        peer, same = (LlavaForConditionalGeneration(uncompressed).eval() for _ in range(2))
         config = HTCVLMConfig(
             text_config=peer.config.text_config,
             vision_config=CLIPVisionConfig(**vision, num_hidden_layers=sizes.tower_layers - 1),
@@ -83,15 +88,17 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, HTCVL
         ours = HTCVLMForConditionalGeneration(config).eval()
     except (ValueError, StrictDataclassError) as error:
         raise ConfigError(f"these sizes make no model: {error}") from None
-    for model in (peer, ours):
+    for model in (peer, same, ours):
         model.requires_grad_(False)
-    ours.model.language_model, ours.lm_head = peer.model.language_model, peer.lm_head
-    theirs = peer.model.vision_tower.state_dict()
-    tower = {name: theirs[name] for name in ours.model.vision_tower.state_dict()}
-    ours.model.vision_tower.load_state_dict(tower, assign=True)
-    for name, projection in (("fc1", peer.model.multi_modal_projector.linear_1), ("fc2", peer.model.multi_modal_projector.linear_2)):
-        setattr(ours.model.projector, name, projection)
-    return peer, ours
+    weights = peer.state_dict()
+    same.load_state_dict(weights, assign=True)
+    projector = {"linear_1": "fc1", "linear_2": "fc2"}
+    renamed = {name.replace("multi_modal_projector", "projector"): tensor for name, tensor in weights.items()}
+    for theirs, mine in projector.items():
+        renamed = {name.replace(f"projector.{theirs}.", f"projector.{mine}."): tensor for name, tensor in renamed.items()}
+    own = ours.state_dict()
+    ours.load_state_dict(own | {name: tensor for name, tensor in renamed.items() if name in own}, assign=True)
+    return peer, use_onednn(same), use_onednn(ours)
 
 
 class Clock(BaseStreamer):
@@ -170,15 +177,16 @@ def read(tensors: list[Tensor]) -> float:
 def measure_answers(sizes: Sizes, mgvq: str, rounds: int, folder: Path, say: Say) -> dict[str, Any]:
     """Medians over `rounds`; the store is written under `folder`. Seconds, but for what says otherwise.
 
-    uncompressed: the peer's answer. cached: ours to a question on a stored image, loading included. first: ours with the image
-    compressed on the way, MGVQ's codes being ready as prepared data has them. first_with_mgvq: codes made on the way too.
+    uncompressed: the peer's answer. same_products: the peer's with our products. cached: ours to a question on a stored image,
+    loading included. first: ours with the image compressed on the way, MGVQ's codes being ready as prepared data has them.
+    first_with_mgvq: codes made on the way too.
     batched, uncompressed_batched: a question of `batch` together, on as many images; the peer's measured once.
-    parts: of the first four. step_bytes: of the weights that a step reads. kv_bytes: of an image's keys and values.
+    parts: of all that are asked alone. step_bytes: of the weights that a step reads. kv_bytes: of an image's keys and values.
     floor_s: of the cached question: its products at this machine's rate of products, and its steps at the rate of a plain read.
     """
     torch.manual_seed(0)
     say("making the models")
-    peer, ours = build(sizes, mgvq)
+    peer, same, ours = build(sizes, mgvq)
     config, token = ours.config, sizes.vocabulary - 1
     if sizes.prompt < 2 or sizes.answer < 3:
         raise ConfigError(f"prompt and answer: got {sizes.prompt} and {sizes.answer} tokens, wanted at least 2 and 3")
@@ -215,6 +223,7 @@ def measure_answers(sizes: Sizes, mgvq: str, rounds: int, folder: Path, say: Say
     our_tower = {"tower": ours.model.vision_tower}
     asked = {
         "uncompressed": Asked(peer, lambda: uncompressed(1), sizes.answer, tower),
+        "same_products": Asked(same, lambda: uncompressed(1), sizes.answer, {"tower": same.model.vision_tower}),
         "cached": Asked(ours, lambda: compressed(1, image_keys_values=store.load(files[:1])), sizes.answer, {}),
         "first": Asked(ours, lambda: compressed(1, pixel_values=one, mgvq_codes=code), sizes.answer, our_tower),
         "first_with_mgvq": Asked(
@@ -261,6 +270,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     runs, seconds, kv = found["rounds"], found["seconds"], found["kv_bytes"]
     return {
         "uncompressed_over_ours": median_ratio(runs["uncompressed"], runs["cached"]),
+        "uncompressed_same_products_over_ours": median_ratio(runs["same_products"], runs["cached"]),
         "uncompressed_over_ours_batched": median_ratio(runs["uncompressed"], runs["batched"]),
         "uncompressed_batched_over_ours_batched": seconds["uncompressed_batched"] / seconds["batched"],
         "first_question_over_uncompressed": median_ratio(runs["first"], runs["uncompressed"]),
@@ -272,7 +282,8 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     sizes, seconds, parts, kv = found["sizes"], found["seconds"], found["parts"], found["kv_bytes"]
-    peer, cached, first, whole = (parts[name] for name in ("uncompressed", "cached", "first", "first_with_mgvq"))
+    names = ("uncompressed", "same_products", "cached", "first", "first_with_mgvq")
+    peer, same, cached, first, whole = (parts[name] for name in names)
     rate, batch = found["step_bytes_per_s"], sizes["batch"]
 
     def shown(value: float) -> str:
@@ -284,6 +295,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("  tower", shown(peer["tower"])),
         ("  prefill", shown(peer["prefill"])),
         (f"  {steps}", shown(peer["step"])),
+        ("uncompressed LLaVA with our products, a question", shown(seconds["same_products"])),
+        ("  tower", shown(same["tower"])),
+        ("  prefill", shown(same["prefill"])),
+        (f"  {steps}", shown(same["step"])),
         ("ours, a question on a cached image", shown(seconds["cached"])),
         ("  loading from the store", shown(cached["before"])),
         ("  prefill", shown(cached["prefill"])),

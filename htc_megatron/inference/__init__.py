@@ -3,10 +3,12 @@
 answer.py    questions to answers, images from pixels or from a store
 store.py     images' keys and values on disk
 compress.py  image files into a store
+products.py  fp32 products on CPU
 """
 
 from htc_megatron.inference.answer import answer, ask, load
 from htc_megatron.inference.compress import compress_into, image_files
+from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
 
-__all__ = ["ImageStore", "answer", "ask", "compress_into", "image_files", "load"]
+__all__ = ["ImageStore", "answer", "ask", "compress_into", "image_files", "load", "use_onednn"]

@@ -13,12 +13,14 @@ from htc_megatron.hf.cache_htc_vlm import VocoCache
 from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
+from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
 
 
 def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
     """Model, in eval mode, and processor of an exported folder, by this package's code and not by the folder's copy.
 
+    On CPU fp32 products are oneDNN's where torch has it (products.py), which round otherwise than torch's own.
     Raises ConfigError where there is no such export.
     """
     folder = Path(folder)
@@ -29,7 +31,7 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     if kind != "htc_vlm":
         raise ConfigError(f"{described} describes a model of type {kind!r}, wanted 'htc_vlm'")
     model = HTCVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval().to(device), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
+    return use_onednn(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def prompt(processor: HTCVLMProcessor, question: str, num_images: int = 1) -> str:
