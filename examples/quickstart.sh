@@ -72,7 +72,7 @@ phase instruct "Train on $layout: all questions, through one voco token" train i
 phase export "Export to Hugging Face" \
     python tools/convert.py export "$run/checkpoints" "$run/hf" --system ""
 phase evaluation "Evaluate the official test split through the exported model" \
-    python tools/evaluate.py "$run/hf" --out "$run/evaluation.json"
+    python tools/evaluate.py --model "$run/hf" --benchmarks easy_vqa --out "$run/evaluation"
 phase ask "Ask: $picture, what shape is in the image?" \
     python tools/ask.py "$run/hf" --image "$picture" "what shape is in the image?"
 phase attention "Draw the voco token's attention over anchors and patches" \

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from htc_megatron.checkpoint.reader import CheckpointReader
 from htc_megatron.config import ConfigError
-from htc_megatron.evaluation.easy_vqa import table
+from htc_megatron.evaluation.easy_vqa import baselines, load_questions, table
 
 STAGES = {"align": "align", "shapes": "shapes", "instruct": "."}  # the trainings and their folders
 WAIT = "speed/data_wait_share"
@@ -30,21 +30,23 @@ def data_wait(run: Path) -> dict[str, float]:
 def collect(run: Path) -> dict:
     """The report's content. Raises ConfigError where a part of the quick start is missing."""
     try:
-        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
         phases = dict(line.split() for line in (run / "phases.txt").read_text(encoding="utf-8").splitlines())
         mgvq = json.loads((run / "mgvq" / "report.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{error.filename} is missing; wanted a finished quick start, bash examples/quickstart.sh makes one") from error
     reader = CheckpointReader(run / "checkpoints")
     config = reader.config
+    easy = summary["benchmarks"]["easy_vqa"]
+    shares, counts = ({kind: value for kind, value in easy[part].items() if kind != "all"} for part in ("parts", "counts"))
     seconds = {name: float(value) for name, value in phases.items()}
     return {
-        "data": evaluation["data"],
-        "questions": evaluation["questions"],
-        "accuracy": evaluation["accuracy"],
-        "accuracy_by_type": evaluation["accuracy_by_type"],
-        "questions_by_type": evaluation["questions_by_type"],
-        "baselines": evaluation["baselines"],
+        "data": "easy-vqa 1.0, official test split",
+        "questions": easy["questions"],
+        "accuracy": easy["figure"] / 100,
+        "accuracy_by_type": {kind: share / 100 for kind, share in shares.items()},
+        "questions_by_type": counts,
+        "baselines": baselines(load_questions("train"), load_questions("test")),
         "layout": {**reader.layout, "precision": config.training.precision, "zero": config.zero},
         "train_iters": config.training.train_iters,
         "mgvq_psnr_db": mgvq["validation"]["psnr"],

@@ -1,6 +1,7 @@
 """Files of benchmarks and of answers: read with their types checked, and refused in one sentence that names the record."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,29 +24,28 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
     """A JSON file as `kind`; keys that it does not name are left out. Raises ConfigError."""
-    return _checked(TypeAdapter(kind), read_bytes(path), str(path))
+    return parse(read_bytes(path), kind, str(path))
 
 
 def read_lines(path: Path, kind: type[Kind]) -> list[Kind]:
     """A file of one JSON value a line; empty lines do not count. Raises ConfigError."""
-    return parse_lines(path, read_bytes(path).split(b"\n"), kind)
+    lines = enumerate(read_bytes(path).split(b"\n"), 1)
+    return [parse(line, kind, f"{path}: line {number}") for number, line in lines if line.strip()]
 
 
-def parse_lines(path: Path, lines: Sequence[bytes], kind: type[Kind], first: int = 1) -> list[Kind]:
-    """Lines of `path`, of which the first is number `first`."""
-    adapter = TypeAdapter(kind)
-    return [_checked(adapter, line, f"{path}: line {number}") for number, line in enumerate(lines, first) if line.strip()]
-
-
-def _checked(adapter: TypeAdapter, data: bytes, where: str):
+def parse(data: bytes, kind: type[Kind], where: str) -> Kind:
+    """A JSON value as `kind`. `where` opens the sentence of ConfigError."""
     try:
-        return adapter.validate_json(data, strict=True)
+        return _adapter(kind).validate_json(data, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = "".join(f"{part}: " for part in fault["loc"])
         seen = repr(fault["input"])
         seen = seen if len(seen) <= SHOWN else f"{seen[:SHOWN]}..."
         raise ConfigError(f"{where}: {place}{fault['msg'][0].lower()}{fault['msg'][1:]}, got {seen}") from None
+
+
+_adapter = cache(TypeAdapter)
 
 
 def existing(root: Path, *names: str) -> Path:
@@ -59,7 +59,9 @@ def existing(root: Path, *names: str) -> Path:
 def paired(name: str, items: Sequence[Item], answers: Mapping[str, str]) -> Iterator[tuple[Item, str]]:
     """Each item of task `name` and its answer. Raises ConfigError where an answer is missing, or belongs to no item."""
     keys = {item.key for item in items}
-    for wrong, sentence in ((keys - answers.keys(), "has no answer to"), (answers.keys() - keys, "has no question")):
-        if wrong:
-            raise ConfigError(f"{name} {sentence} {min(wrong)!r}, nor {len(wrong) - 1} more; wanted an answer to each of {len(keys)} questions")
+    missing, unknown = keys - answers.keys(), answers.keys() - keys
+    if missing:
+        raise ConfigError(f"{name}: {len(missing)} of {len(keys)} questions have no answer, {min(missing)!r} among them")
+    if unknown:
+        raise ConfigError(f"{name}: {len(unknown)} answers belong to none of {len(keys)} questions, {min(unknown)!r} among them")
     return ((item, answers[item.key]) for item in items)

@@ -12,9 +12,7 @@ DIGITS_COMMA = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS = 32  # noted: a flag (re.UNICODE) stands where `sub` takes the number of periods to remove
 ARTICLES = frozenset({"a", "an", "the"})
-NUMBERS = {"none": "0"} | {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 
 # The published table, spelling by spelling. Noted: keys with a capital never match, as words are in lower case by then, and
 # "somebody'd" loses its apostrophe.

@@ -6,9 +6,9 @@ compress.py  image files into a store
 products.py  fp32 products on CPU
 """
 
-from htc_megatron.inference.answer import answer, ask, load
+from htc_megatron.inference.answer import answer, ask, load, require_export
 from htc_megatron.inference.compress import compress_into, image_files
 from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
 
-__all__ = ["ImageStore", "answer", "ask", "compress_into", "image_files", "load", "use_onednn"]
+__all__ = ["ImageStore", "answer", "ask", "compress_into", "image_files", "load", "require_export", "use_onednn"]

@@ -17,12 +17,8 @@ from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
 
 
-def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
-    """Model, in eval mode, and processor of an exported folder, by this package's code and not by the folder's copy.
-
-    On CPU fp32 products are oneDNN's where torch has it (products.py), which round otherwise than torch's own.
-    Raises ConfigError where there is no such export.
-    """
+def require_export(folder: str | Path) -> None:
+    """Raises ConfigError where the folder is no exported model."""
     folder = Path(folder)
     described = folder / "config.json"
     if not described.is_file():
@@ -30,6 +26,12 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     kind = json.loads(described.read_text(encoding="utf-8")).get("model_type")
     if kind != "htc_vlm":
         raise ConfigError(f"{described} describes a model of type {kind!r}, wanted 'htc_vlm'")
+
+
+def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
+    """Model, in eval mode, and processor of an exported folder, by this package's code and not X
+    """
+    require_export(folder)
     model = HTCVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return use_onednn(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
 

@@ -47,13 +47,13 @@ def compress_into(
     store: ImageStore,
     model: HTCVLMForConditionalGeneration,
     image_processor: HTCVLMImageProcessor,
-    paths: Iterable[Path],
+    images: Iterable[Path | bytes],
     batch_size: int = 16,
     shard_bytes: int = 256 << 20,
     shard_seconds: float = 600,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Counts:
-    """Compress what is not in the store, `batch_size` images together; what cannot be decoded is said and left out.
+    """Compress images, files or their bytes, that are not in the store; what cannot be decoded is said and left out.
 
     A file is written when it holds `shard_bytes`, after `shard_seconds`, and at the end, whatever ends it.
     """
@@ -63,20 +63,21 @@ def compress_into(
     parts: list[Tensor] = []
     began = time.monotonic()
 
-    def fresh() -> Iterator[tuple[bytes, Path, bytes]]:
-        for path in paths:
+    def fresh() -> Iterator[tuple[bytes, str, bytes]]:
+        for image in images:
+            name = f"an image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
             try:
-                data = path.read_bytes()
+                data = image if isinstance(image, bytes) else image.read_bytes()
             except OSError as error:
                 counts["bad"] += 1
-                say(f"{path} is left out: {error.strerror}")
+                say(f"{name} is left out: {error.strerror}")
                 continue
             key = file_key(data)
             if key in seen or key in store:
                 counts["there"] += 1
                 continue
             seen.add(key)
-            yield key, path, data
+            yield key, name, data
 
     def pixels(data: bytes) -> BatchFeature:
         return image_processor.preprocess([open_image(data)])
@@ -91,20 +92,20 @@ def compress_into(
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         waiting = fresh()
 
-        def submit() -> list[tuple[bytes, Path, Future[BatchFeature]]]:
-            return [(key, path, threads.submit(pixels, data)) for key, path, data in islice(waiting, batch_size)]
+        def submit() -> list[tuple[bytes, str, Future[BatchFeature]]]:
+            return [(key, name, threads.submit(pixels, data)) for key, name, data in islice(waiting, batch_size)]
 
         following = submit()
         try:
             while following:
                 batch, following = following, submit()
                 ready = []
-                for key, path, future in batch:
+                for key, name, future in batch:
                     try:
                         ready.append((key, future.result()))
                     except BadImage as error:
                         counts["bad"] += 1
-                        say(f"{path} is left out: {error}")
+                        say(f"{name} is left out: {error}")
                 if ready:
                     inputs = {name: torch.cat([made[name] for _, made in ready]).to(model.device) for name in ready[0][1]}
                     parts.append(model.compress_images(**inputs).cpu())

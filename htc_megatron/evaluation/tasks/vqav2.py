@@ -68,9 +68,7 @@ class VQAv2:
         questions = read_json(path, Questions).questions
         folder = IMAGES[self.split]
         images = existing(root, folder)
-        self.items = [
-            Item(str(q.question_id), images / f"COCO_{folder}_{q.image_id:012}.jpg", f"{q.question}\n{SHORT}") for q in questions
-        ]
+        self.items = [Item(str(q.question_id), images / f"COCO_{folder}_{q.image_id:012}.jpg", f"{q.question}\n{SHORT}") for q in questions]
         self.annotations: dict[str, Annotation] = {}
         self.submitted = [q.question_id for q in questions]
         if self.split == "val2014":
