@@ -22,6 +22,7 @@ from htc_megatron.evaluation.run import Settings, run
 from htc_megatron.evaluation.task import Scores, Task
 from htc_megatron.evaluation.tasks import TASKS
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LLAVA_FOLDERS = {"gqa": "gqa/data", "mme": "MME", "seed": "seed_bench", "sqa": "scienceqa"}  # where they are not named as here
 
 
@@ -51,11 +52,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="print the paper's table with its retentions, and nothing else")
     parser.add_argument("--images-at-once", type=int, default=settings.images_at_once, help="compressed together (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=settings.batch_size, help="prompts answered together (default %(default)s)")
-    parser.add_argument("--dtype", default=settings.dtype, help="that the model is loaded in (default: as exported)")
+    parser.add_argument("--dtype", default=settings.dtype, choices=DTYPES, help="that the model is loaded in (default: as exported)")
     parser.add_argument("--device", default=settings.device)
     parser.add_argument("--store", default=settings.store, help="folder where images' keys and values are kept for other runs")
     parser.add_argument("settings", nargs="*", metavar="name.option=value", help="options of benchmarks")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if not options.paper and not (options.model and options.out):
         parser.error("--model and --out are wanted, or --paper")
     return options

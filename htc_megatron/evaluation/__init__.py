@@ -1,1 +1,9 @@
-"""Evaluation: benchmarks, their scores, and what the voco token looks at."""
+"""Evaluation: benchmarks, their scores, and what the voco token looks at.
+
+task.py         what a benchmark is; tasks/ has one a file
+run.py          tasks through an exported model; answers.py keeps the answers on disk
+retention.py    figures between two bounds, and the paper's
+records.py      files of benchmarks, checked; vqa_answers.py has VQA's rules, easy_vqa.py the quick start's data
+compare.py      two models, tensor by tensor and by their logits
+attention.py    where the voco row looks
+"""

@@ -78,7 +78,6 @@ class AnswerFile:
         data = read_bytes(self.path) if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if not whole:
-            folder.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(asdict(header)) + "\n", encoding="utf-8")
             return
         if len(whole) < len(data):

@@ -27,6 +27,10 @@ class Settings:
     device: str = "cpu"
     store: str = ""
 
+    def __post_init__(self):
+        if min(self.images_at_once, self.batch_size) < 1:
+            raise ConfigError(f"{self.images_at_once} images at once in batches of {self.batch_size} prompts; wanted at least 1 of each")
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -44,6 +48,10 @@ def run(tasks: Sequence[Task], folder: Path, out: Path, settings: Settings) -> A
     require_export(folder)
     for task in tasks:
         check(task)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"answers cannot be kept in {out}: {error.strerror}") from None
     maker = Maker(fingerprint(folder), str(folder), {"dtype": settings.dtype, "do_sample": False})
     files = {task.name: AnswerFile(out, task, maker) for task in tasks}
     waiting = [task for task in tasks if not files[task.name].complete]
