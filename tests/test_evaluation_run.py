@@ -74,7 +74,8 @@ def test_the_tool_scores_what_the_model_says(model, data, evaluated):
     for name in SETS:
         task = TASKS[name](data / (name if name != "gqa" else "gqa/data"))
         header, *rows = lines_of(out / f"{name}.jsonl")
-        assert header["folder"] == str(model) and header["generation"] == {"dtype": "auto", "do_sample": False}
+        assert header["maker"] == summary["model"] and header["maker"]["folder"] == str(model)
+        assert header["maker"]["generation"] == {"dtype": "auto", "do_sample": False}
         answers = {row["key"]: row["answer"] for row in rows}
         assert len(rows) == len(answers) == len(task.items)
         assert len(set(answers.values())) > 1
@@ -145,7 +146,7 @@ REFUSED = {
         Settings(),
         "holds answers of another model, .*hf .*other",
     ),
-    "other settings": (lambda *_: None, Settings(dtype="float64"), "made with generation .*auto.*wanted .*float64.*name another --out"),
+    "other settings": (lambda *_: None, Settings(dtype="float64"), "made with the settings .*auto.*wanted .*float64.*name another --out"),
     "another prompt": (lambda task, *_: reworded(task), Settings(), "gqa.jsonl answers '203' to another prompt"),
     "another limit": (
         lambda task, *_: task.items.__setitem__(0, Item("201", task.items[0].image, task.items[0].prompt, 9)),
@@ -154,6 +155,11 @@ REFUSED = {
     ),
     "fewer questions": (lambda task, *_: task.items.pop(), Settings(), "answers '204', which is none of the 3 questions"),
     "a faulty line": (lambda task, path, _: doubled(path), Settings(), "gqa.jsonl: line 2: answer: input should be a valid string, got 3"),
+    "another task": (
+        lambda task, path, _: path.write_text(path.read_text().replace("gqa", "pope", 1)),
+        Settings(),
+        "benchmark 'pope', wanted 'gqa'",
+    ),
     "no header": (lambda task, path, _: path.write_text("{}\n"), Settings(), "gqa.jsonl: line 1: task: field required"),
     "an empty line": (lambda task, path, _: path.write_text(path.read_text() + "\n"), Settings(), "gqa.jsonl: line 6: invalid JSON"),
 }
@@ -165,6 +171,7 @@ def test_answers_that_are_not_this_runs_are_refused(model, tmp_path, loads, spoi
     run([task], model, tmp_path / "out", Settings())
     path = tmp_path / "out" / "gqa.jsonl"
     folder = spoil(task, path, model)
+    path.write_text(path.read_text() + '{"key": "torn')  # which stays where the rest is refused
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=sentence) as refused:
         run([task], folder if isinstance(folder, Path) else model, tmp_path / "out", settings)

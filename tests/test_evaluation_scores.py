@@ -282,7 +282,7 @@ def test_retention_of_what_has_figures():
     assert bounds.retention({"gqa": 45.0, "pope": None, "sqa": 3.0, "mme": 1.0}) == {"gqa": 25.0}
     assert mean({}) is None
     with pytest.raises(ConfigError, match="pope: both bounds are 53.9"):
-        Bounds(PAPER[LOWER], PAPER[LOWER]).retention({"pope": 60.0})
+        Bounds({"pope": 53.9, "sqa": 1.0}, PAPER[LOWER])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A task's answers on disk, chunk by chunk, so that a run that was cut off goes on where it was.
 
 OUT/{task}.jsonl: a first line that says what makes the answers, then a line an answer:
-    {"task": "gqa", "model": SHA-256, "folder": "runs/hf", "generation": {"do_sample": false, "dtype": "auto"}}
+    {"task": "gqa", "maker": {"model": SHA-256, "folder": "runs/hf", "generation": {"dtype": "auto", "do_sample": false}}}
     {"key": "201307251", "prompt": SHA-256 of the prompt and its limit, "answer": "yes"}
 """
 
@@ -35,9 +35,7 @@ class Maker:
 @dataclass(frozen=True)
 class Header:
     task: str
-    model: str
-    folder: str
-    generation: dict[str, Any]
+    maker: Maker
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,17 @@ class AnswerFile:
         self.path = folder / f"{task.name}.jsonl"
         self.prompts = {item.key: prompt_hash(item) for item in task.items}
         self.answers: dict[str, str] = {}
-        header = Header(task.name, **asdict(maker))
         data = read_bytes(self.path) if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if not whole:
-            self.path.write_text(json.dumps(asdict(header)) + "\n", encoding="utf-8")
+            self.path.write_text(json.dumps(asdict(Header(task.name, maker))) + "\n", encoding="utf-8")
             return
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
         first, *rest = whole.split(b"\n")[:-1]
-        self._same(parse(first, Header, f"{self.path}: line 1"), header)
+        self._same(parse(first, Header, f"{self.path}: line 1"), Header(task.name, maker))
         for number, line in enumerate(rest, 2):
             self._take(parse(line, Row, f"{self.path}: line {number}"))
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
 
     @property
     def complete(self) -> bool:
@@ -100,12 +97,14 @@ class AnswerFile:
         self.answers |= answers
 
     def _same(self, seen: Header, wanted: Header) -> None:
-        if seen.model != wanted.model:
-            pair = [f"{header.folder} ({header.model[:12]})" for header in (seen, wanted)]
+        if seen.maker.model != wanted.maker.model:
+            pair = [f"{maker.folder} ({maker.model[:12]})" for maker in (seen.maker, wanted.maker)]
             raise ConfigError(f"{self.path} holds answers of another model, {pair[0]}, wanted {pair[1]}; {ELSEWHERE}")
-        for name in ("task", "generation"):
-            if getattr(seen, name) != getattr(wanted, name):
-                raise ConfigError(f"{self.path} was made with {name} {getattr(seen, name)}, wanted {getattr(wanted, name)}; {ELSEWHERE}")
+        if seen.maker.generation != wanted.maker.generation:
+            pair = [json.dumps(maker.generation) for maker in (seen.maker, wanted.maker)]
+            raise ConfigError(f"{self.path} was made with the settings {pair[0]}, wanted {pair[1]}; {ELSEWHERE}")
+        if seen.task != wanted.task:
+            raise ConfigError(f"{self.path} answers the benchmark {seen.task!r}, wanted {wanted.task!r}; {ELSEWHERE}")
 
     def _take(self, row: Row) -> None:
         wanted = self.prompts.get(row.key)

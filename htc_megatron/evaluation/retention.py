@@ -33,19 +33,23 @@ PAPER = {  # arXiv 2512.08240: 576 tokens an image in the upper bound, 1 in ever
 
 @dataclass(frozen=True)
 class Bounds:
+    """Raises ConfigError where both have the same figure."""
+
     upper: Figures
     lower: Figures
 
+    def __post_init__(self):
+        for name, upper in self.upper.items():
+            if upper is not None and upper == self.lower.get(name):
+                raise ConfigError(f"{name}: both bounds are {upper}; wanted two figures to measure between")
+
     def retention(self, result: Figures) -> dict[str, float]:
-        """Percent, of the benchmarks that have a figure here and in both bounds. Raises ConfigError where the bounds are the same."""
+        """Percent, of the benchmarks that have a figure here and in both bounds."""
         found = {}
         for name, figure in result.items():
             upper, lower = self.upper.get(name), self.lower.get(name)
-            if figure is None or upper is None or lower is None:
-                continue
-            if upper == lower:
-                raise ConfigError(f"{name}: both bounds are {upper}; wanted two figures to measure between")
-            found[name] = 100 * (figure - lower) / (upper - lower)
+            if None not in (figure, upper, lower):
+                found[name] = 100 * (figure - lower) / (upper - lower)
         return found
 
 
