@@ -29,7 +29,10 @@ def require_export(folder: str | Path) -> None:
 
 
 def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
-    """Model, in eval mode, and processor of an exported folder, by this package's code and not X
+    """Model, in eval mode, and processor of an exported folder, by this package's code and not by the folder's copy.
+
+    On CPU fp32 products are oneDNN's where torch has it (products.py), which round otherwise than torch's own.
+    Raises ConfigError where there is no such export.
     """
     require_export(folder)
     model = HTCVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
