@@ -40,8 +40,9 @@ setup(
         "tqdm",
     ),
     extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
-        "test": pinned("hypothesis", "peft", "py-spy", "pytest", "ruff", *SERVE),
+        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
+        "evaluation": pinned("openpyxl"),
         "serve": pinned(*SERVE),
         "mpi": pinned("mpi4py"),
     },
