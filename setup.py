@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 PINS = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().split() if "==" in line)
 
+LMMS_EVAL = ("datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity")  # what lmms-eval's evaluator imports beside ours
 SERVE = ("accelerate", "fastapi", "openai", "uvicorn")  # what `transformers serve` needs beside transformers
 
 
@@ -25,6 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["htc_megatron", "htc_megatron.*"]),
     package_data={"": ["*.json", "*.yaml", "*.txt", "*.jinja"]},
+    entry_points={"lmms_eval.models": ["htc_vlm = htc_megatron.evaluation.lmms_eval_plugin:manifest"]},
     install_requires=pinned(
         "torch",
         "megatron-core",
@@ -40,9 +42,10 @@ setup(
         "tqdm",
     ),
     extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
-        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", *SERVE),
+        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", *LMMS_EVAL, *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
         "evaluation": pinned("openpyxl"),
+        "lmms-eval": pinned("lmms-eval"),
         "serve": pinned(*SERVE),
         "mpi": pinned("mpi4py"),
     },
