@@ -15,7 +15,7 @@ def exported(folder, **method):
     """A model and its processor, and two pictures."""
     reader, _ = made(folder, seed=6, **method)
     export(reader, folder / "hf")
-    return *load(folder / "hf"), [Image.effect_noise((20, 13 + i), 80).convert("RGB") for i in range(2)]
+    return *load(folder / "hf"), [picture.convert("RGB") for picture in (Image.effect_noise((20, 13), 80), Image.radial_gradient("L"))]
 
 
 def plain_loss(model, processor, pictures, question, given):
