@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 PINS = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().split() if "==" in line)
 
-LMMS_EVAL = ("datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity")  # what lmms-eval's evaluator imports beside ours
+# What lmms-eval imports to run a task, beside ours. All that it asks for has a torchvision that breaks a CPU build of torch.
+LMMS_EVAL = ("datasets", "evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity")
 SERVE = ("accelerate", "fastapi", "openai", "uvicorn")  # what `transformers serve` needs beside transformers
 
 
@@ -45,7 +46,7 @@ setup(
         "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", *LMMS_EVAL, *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
         "evaluation": pinned("openpyxl"),
-        "lmms-eval": pinned("lmms-eval"),
+        "lmms-eval": pinned(*LMMS_EVAL),  # and then lmms-eval itself, with --no-deps
         "serve": pinned(*SERVE),
         "mpi": pinned("mpi4py"),
     },

@@ -1,4 +1,4 @@
-"""Small benchmarks in their official form: GQA, VQAv2, POPE and MME, each with pictures of noise.
+"""Small benchmarks in their official form: GQA, VQAv2, POPE and MME, each with pictures of noise; benchmark_sets_mcq.py has others.
 
 Every writer takes a folder and gives it back; a test may change a file afterwards.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from htc_megatron.evaluation.tasks.mme import GROUPS
+from tests.benchmark_sets_mcq import write_mmbench, write_seed, write_sqa
 
 
 def picture(path: Path, seed: int = 0) -> Path:
@@ -113,4 +114,12 @@ def mme(folder: Path, deep: bool = False) -> Path:
     return folder
 
 
-SETS = {"gqa": gqa, "vqav2": vqav2, "mme": mme, "pope": pope}
+SETS = {
+    "gqa": gqa,
+    "vqav2": vqav2,
+    "mmbench": write_mmbench,
+    "mme": mme,
+    "pope": pope,
+    "seed": write_seed,
+    "sqa": write_sqa,
+}

@@ -18,11 +18,11 @@ MMBENCH_COLUMNS = "index question hint A B C D answer category image source l2-c
 STEP = 1_000_000
 SEED_TYPES = {"Scene Understanding": 1, "Text Recognition": 9, "Action Recognition": 10}
 SEED_QUESTIONS = [
-    # (question_id, type, data_type, data_id, answer)
-    ("101669", 1, "image", "1454426_2591111986", "A"),
-    ("7", 1, "image", "1454426_2591111986", "B"),
-    ("8", 9, "image", "20_1", "C"),
-    ("v9", 10, "video", "9.webm", "D"),
+    # (question_id, type, data_type, data_id, question, answer)
+    ("101669", 1, "image", "1454426_2591111986", "How many towels?", "A"),
+    ("7", 1, "image", "1454426_2591111986", "is it red ?", "B"),
+    ("8", 9, "image", "20_1", "what is the color of the shape ?", "C"),
+    ("v9", 10, "video", "9.webm", "yes ?", "D"),
 ]
 SQA = {
     # pid: (grade, subject, hint, choices, answer, image); the split follows
@@ -66,7 +66,8 @@ def mmbench_rows(copies: str = "whole") -> list[dict]:
     return sorted(rows, key=lambda row: row["index"])
 
 
-def write_mmbench(root: Path, rows: list[dict]) -> Path:
+def write_mmbench(root: Path, rows: list[dict] | None = None) -> Path:
+    rows = mmbench_rows() if rows is None else rows
     root.mkdir(parents=True, exist_ok=True)
     with (root / "mmbench_dev_20230712.tsv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), dialect="excel-tab", lineterminator="\n")
@@ -76,13 +77,14 @@ def write_mmbench(root: Path, rows: list[dict]) -> Path:
 
 
 def seed_annotations() -> dict:
-    names = ("question_id", "question_type_id", "data_type", "data_id", "answer")
+    names = ("question_id", "question_type_id", "data_type", "data_id", "question", "answer")
     choices = dict(choice_a="One", choice_b="Two", choice_c="Three", choice_d="Four")
-    asked = [dict(zip(names, values, strict=True)) | choices | {"question": "How many ?", "segment": [0, 9]} for values in SEED_QUESTIONS]
+    asked = [dict(zip(names, values, strict=True)) | choices | {"segment": [0, 9]} for values in SEED_QUESTIONS]
     return {"question_type": SEED_TYPES, "questions": asked}
 
 
-def write_seed(root: Path, annotations: dict, frames: bool = True) -> Path:
+def write_seed(root: Path, annotations: object = None, frames: bool = True) -> Path:
+    annotations = seed_annotations() if annotations is None else annotations
     for folder in ("SEED-Bench-image", "SEED-Bench-video-image"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "SEED-Bench.json").write_text(json.dumps(annotations))
@@ -98,7 +100,8 @@ def sqa_problems() -> dict[str, dict]:
     return {pid: dict(zip(names, values, strict=True)) | {"question": f"Which is number {pid}?"} for pid, values in SQA.items()}
 
 
-def write_sqa(root: Path, problems: dict[str, dict], splits: dict | None = None) -> Path:
+def write_sqa(root: Path, problems: dict[str, dict] | None = None, splits: dict | None = None) -> Path:
+    problems = sqa_problems() if problems is None else problems
     root.mkdir(parents=True, exist_ok=True)
     made: dict[str, list[str]] = {}
     for number, (pid, problem) in enumerate(problems.items()):

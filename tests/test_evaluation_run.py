@@ -10,6 +10,7 @@ import pytest
 
 import htc_megatron.evaluation.run as running
 from htc_megatron.config import ConfigError
+from htc_megatron.data.images import open_image
 from htc_megatron.evaluation.run import Settings, check, chunked, run
 from htc_megatron.evaluation.task import Item
 from htc_megatron.evaluation.tasks import TASKS
@@ -34,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """All four benchmarks, GQA where LLaVA has it."""
+    """All benchmarks, GQA where LLaVA has it."""
     root = tmp_path_factory.mktemp("data")
     for name, writer in SETS.items():
         writer(root / (name if name != "gqa" else "gqa/data"))
@@ -80,16 +81,18 @@ def test_the_tool_scores_what_the_model_says(model, data, evaluated):
         assert len(rows) == len(answers) == len(task.items)
         assert len(set(answers.values())) > 1
         for item in task.items[:6]:
-            assert answers[item.key] == ask(loaded, processor, [item.image], item.prompt, item.max_new_tokens)
+            picture = open_image(item.image) if isinstance(item.image, bytes) else item.image
+            assert answers[item.key] == ask(loaded, processor, [picture], item.prompt, item.max_new_tokens)
         scores = task.score(answers)
         assert summary["benchmarks"][name]["figure"] == scores.figure
         assert summary["benchmarks"][name]["parts"] == scores.parts
         assert f"\n{task.title}: {len(task.items)} questions\n" in printed
     assert (out / "testdev_balanced_predictions.json").is_file() and (out / "mme_results" / "OCR.txt").is_file()
+    assert (out / "mmbench_dev_20230712.xlsx").is_file() and (out / "results.json").is_file()
     table = printed.rstrip().splitlines()[-6:]
-    assert table[0] == "|  | GQA | VQAv2 | MME-P | POPE | Avg. % |"
-    assert table[2] == "| upper bound | 61.1 | 77.7 | 1487.2 | 85.0 | 100.0 |"
-    assert table[4] == "| lower bound | 37.7 | 41.2 | 617.3 | 53.9 | 0.0 |"
+    assert table[0] == "|  | GQA | VQAv2 | MMBench | MME-P | POPE | SEED | SQA-I | Avg. % |"
+    assert table[2] == "| upper bound | 61.1 | 77.7 | 64.0 | 1487.2 | 85.0 | 57.9 | 66.5 | 100.0 |"
+    assert table[4] == "| lower bound | 37.7 | 41.2 | 22.3 | 617.3 | 53.9 | 36.9 | 60.7 | 0.0 |"
     wanted = [100 * (summary["benchmarks"]["gqa"]["figure"] - 37.7) / (61.1 - 37.7), summary["mean_retention"]]
     cells = table[5].strip("| ").split(" | ")
     assert cells[0] == "retention %" and [cells[1], cells[-1]] == [f"{value:.1f}" for value in wanted]

@@ -18,7 +18,7 @@ from tests.test_likelihood import plain_loss
 
 ROOT = Path(__file__).parent.parent
 LMMS_EVAL = find_spec("lmms_eval")
-pytestmark = pytest.mark.skipif(LMMS_EVAL is None, reason="lmms-eval is not installed: pip install -c constraints.txt --no-deps lmms-eval")
+pytestmark = pytest.mark.skipif(LMMS_EVAL is None, reason="lmms-eval is not installed: tools/environment.sh does it")
 
 QUESTIONS = [(0, "is there a circle ?", "yes"), (0, "is it red ?", "no"), (1, "is there a circle ?", "no"), (1, "yes or no ?", "yes")] * 2
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -1,7 +1,7 @@
 """MMBench, SEED-Bench and ScienceQA: read as they are handed out, asked as LLaVA-1.5 asks, scored by their official rules."""
 
-import builtins
 import json
+import sys
 
 import pytest
 from openpyxl import load_workbook
@@ -11,10 +11,7 @@ from htc_megatron.evaluation.choices import INSTRUCTION, chosen
 from htc_megatron.evaluation.tasks.mmbench import MMBench
 from htc_megatron.evaluation.tasks.seed import SEEDBench
 from htc_megatron.evaluation.tasks.sqa import ScienceQA
-from htc_megatron.inference import answer, load
-from htc_megatron.weights.export import export
 from tests.benchmark_sets_mcq import STEP, mmbench_rows, seed_annotations, sqa_problems, write_mmbench, write_seed, write_sqa
-from tests.hf_tiny import made
 
 OPTIONS = ["a red circle", "two circles", "Acquired.", "no"]
 
@@ -54,7 +51,7 @@ def test_mmbench_asks_every_row_of_the_file(tmp_path, copies):
 
 def test_mmbench_turns_options_where_the_file_has_no_copies(tmp_path):
     """As the official copies turn them, but for an option that they leave in its place."""
-    whole = {item.key: item for item in MMBench(write_mmbench(tmp_path / "whole", mmbench_rows())).items}
+    whole = {item.key: item for item in MMBench(write_mmbench(tmp_path / "whole")).items}
     task = MMBench(write_mmbench(tmp_path, mmbench_rows("none")))
     assert {key: item for key, item in whole.items() if key[-1] in "01"} == {i.key: i for i in task.items if i.key[-1] in "01"}
     turned = next(item for item in task.items if item.key == "1000002")
@@ -64,7 +61,7 @@ def test_mmbench_turns_options_where_the_file_has_no_copies(tmp_path):
 
 def test_mmbench_scores(tmp_path):
     """Question 0 is right in all four orders, 1 in one of two, 2 in its first and not readable in the other."""
-    root = write_mmbench(tmp_path, mmbench_rows())
+    root = write_mmbench(tmp_path)
     answers = {
         "0": "B",
         "1000000": "c",
@@ -91,31 +88,25 @@ def test_mmbench_scores(tmp_path):
 
 
 def test_mmbench_submission(tmp_path, monkeypatch):
-    task = MMBench(write_mmbench(tmp_path, mmbench_rows()))
+    task = MMBench(write_mmbench(tmp_path))
     answers = {item.key: "B" for item in task.items} | {"1": "=1+1\x07"}
     path = task.submission(answers, tmp_path)
     head, *rows = load_workbook(path).active.iter_rows(values_only=True)
     assert path.suffix == ".xlsx" and head == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert len(rows) == 8 and rows[1] == (1, "is it red ?", "yes", "no", None, None, "=1+1", "A", "dev")
     assert load_workbook(path).active["G3"].data_type == "s"
-    plain = builtins.__import__
-
-    def without(name, *given, **named):
-        if name.startswith("openpyxl"):
-            raise ImportError(name)
-        return plain(name, *given, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"xlsx needs openpyxl, which is not installed: pip install .*\[evaluation\]"):
-        task.submission(answers, tmp_path)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ConfigError, match=r"mmbench's submission needs openpyxl, which is not installed: pip install .*\[evaluation\]"):
+        MMBench(tmp_path)
+    assert MMBench(tmp_path, circular=False).items
 
 
 def test_seed_scores(tmp_path):
-    task = SEEDBench(write_seed(tmp_path, seed_annotations()))
+    task = SEEDBench(write_seed(tmp_path))
     assert [item.key for item in task.items] == ["101669", "7", "8", "v9"]
     assert task.items[0].image == tmp_path / "SEED-Bench-image" / "1454426_2591111986"
     assert task.items[3].image == tmp_path / "SEED-Bench-video-image" / "10_v9.png"
-    assert task.items[0].prompt == f"How many ?\nA. One\nB. Two\nC. Three\nD. Four\n{INSTRUCTION}"
+    assert task.items[0].prompt == f"How many towels?\nA. One\nB. Two\nC. Three\nD. Four\n{INSTRUCTION}"
     answers = {"101669": "A", "7": "One", "8": "Three.", "v9": "maybe"}
     found = task.score(answers)
     assert found.parts == {
@@ -129,8 +120,8 @@ def test_seed_scores(tmp_path):
 
 
 def test_seed_without_videos(tmp_path):
-    root = write_seed(tmp_path, seed_annotations(), frames=False)
-    sentence = "1 of 1 videos have no frame, .*10_v9.png among them; wanted all, or images_only=True"
+    root = write_seed(tmp_path, frames=False)
+    sentence = "1 of 1 videos have no frame, .*10_v9.png among them; wanted all, or seed.images_only=true"
     with pytest.raises(ConfigError, match=sentence):
         SEEDBench(root)
     found = SEEDBench(root, images_only=True).score({"101669": "A", "7": "B", "8": "A"})
@@ -138,7 +129,7 @@ def test_seed_without_videos(tmp_path):
 
 
 def test_sqa_scores(tmp_path):
-    task = ScienceQA(write_sqa(tmp_path, sqa_problems()))
+    task = ScienceQA(write_sqa(tmp_path))
     assert [item.key for item in task.items] == ["3", "11", "20"]  # of the test split, and with an image
     assert task.items[0].prompt == f"Which is number 3?\nA. Maine\nB. Ohio\n{INSTRUCTION}"
     assert task.items[1].prompt.startswith("Context: The is camouflaged.\nWhich is number 11?\nA. a weasel\n")
@@ -151,26 +142,7 @@ def test_sqa_scores(tmp_path):
     assert task.submission({}, tmp_path) is None
 
 
-WRITERS = {
-    MMBench: (mmbench_rows, write_mmbench),
-    SEEDBench: (seed_annotations, write_seed),
-    ScienceQA: (sqa_problems, write_sqa),
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_answers_that_do_not_fit_the_questions_are_refused(tmp_path, kind):
-    make, write = WRITERS[kind]
-    task = kind(write(tmp_path, make()))
-    answers = {item.key: "A" for item in task.items}
-    first = task.items[0].key
-    refused = [(answers | {"x": "A"}, "'x'"), ({key: text for key, text in answers.items() if key != first}, f"'{first}'")]
-    for wrong, named in refused:
-        with pytest.raises(ConfigError, match=f"{kind.name}.*{named}"):
-            task.score(wrong)
-        if kind is not ScienceQA:  # which has no submission
-            with pytest.raises(ConfigError, match=f"{kind.name}.*{named}"):
-                task.submission(wrong, tmp_path)
+WRITERS = {MMBench: write_mmbench, SEEDBench: write_seed, ScienceQA: write_sqa}
 
 
 def rows_with(place, **changed):
@@ -204,7 +176,6 @@ def sqa_with(pid, **changed):
         (MMBench, rows_with(0, image="no base64!"), "image of index 0 is 'no base64!', wanted base64, or the index of a row that has it"),
         (MMBench, rows_with(0, image=""), "image of index 0 is ''"),
         (SEEDBench, [], "SEED-Bench.json: "),
-        (SEEDBench, {"question_type": {}, "questions": []}, "has no question to ask"),
         (SEEDBench, seed_with(1, answer="E"), r"questions: 1: answer: .*'E'"),
         (SEEDBench, seed_with(1, data_type="sound"), r"questions: 1: data_type: .*'sound'"),
         (SEEDBench, seed_with(1, question_id="101669"), "questions: 1: question_id 101669 is there twice"),
@@ -219,7 +190,7 @@ def sqa_with(pid, **changed):
 )  # fmt: skip
 def test_annotations_that_are_not_as_they_should_be_are_refused(tmp_path, kind, data, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        kind(WRITERS[kind][1](tmp_path, data))
+        kind(WRITERS[kind](tmp_path, data))
 
 
 @pytest.mark.parametrize(
@@ -233,46 +204,24 @@ def test_missing_files_are_named(tmp_path, kind, missing):
 @pytest.mark.parametrize(
     "splits, sentence",
     [
-        ({"train": ["3"]}, "test has no problem with an image"),
+        ({"train": ["3"]}, "pid_splits.json has no split 'test', only train"),
         ({"test": ["3", "99"]}, "test: 1 of 2 problems are not in .*problems.json, '99' among them"),
         ({"test": "3"}, "pid_splits.json: test: "),
     ],
 )
 def test_splits_that_do_not_fit_are_refused(tmp_path, splits, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        ScienceQA(write_sqa(tmp_path, sqa_problems(), splits))
+        ScienceQA(write_sqa(tmp_path, splits=splits))
 
 
 def test_a_broken_table_is_refused(tmp_path):
-    path = write_mmbench(tmp_path, mmbench_rows()) / "mmbench_dev_20230712.tsv"
+    path = write_mmbench(tmp_path) / "mmbench_dev_20230712.tsv"
     whole = path.read_bytes()
     for damaged, sentence in (
         (whole[:-5], "line 9: 13 cells, wanted 14"),
-        (whole.split(b"\n")[0] + b"\n", "has no question"),
         (b"", "no column 'index'"),
         (whole + b"\xff", "cannot be read: .*utf-8"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=sentence):
             MMBench(tmp_path)
-
-
-def test_a_model_answers_all_three(tmp_path):
-    """Prompts and pictures go into a model as they are, and its answers can be scored."""
-    reader, _ = made(tmp_path, seed=3)
-    export(reader, tmp_path / "hf")
-    model, processor = load(tmp_path / "hf")
-    for kind, (make, write) in WRITERS.items():
-        task = kind(write(tmp_path / kind.name, make()))
-        pictures = list(dict.fromkeys(item.image for item in task.items))
-        opened = [as_file(picture, tmp_path / f"{number}.png") for number, picture in enumerate(pictures)]
-        texts = answer(model, processor, opened, [(pictures.index(item.image), item.prompt) for item in task.items], max_new_tokens=4)
-        found = task.score({item.key: text for item, text in zip(task.items, texts, strict=True)})
-        assert 0 <= found.figure <= 100 and found.counts["all"] >= 3
-
-
-def as_file(picture, path):
-    if isinstance(picture, bytes):
-        path.write_bytes(picture)
-        return path
-    return picture

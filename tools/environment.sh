@@ -24,8 +24,8 @@ environment_install() {
     fi
     echo "Installing into .venv: about a minute and 1.6 GB with the CPU build of torch"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    # torch first: whatever asks for a torch later finds the pinned one. lmms-eval last, without what most of its tasks and models
-    # ask for (a gigabyte, torchvision's GPU build in it): the tests run one of its tasks, and extra test has what that takes.
+    # torch first: whatever asks for a torch later finds the pinned one. lmms-eval without all that it asks for: extra test has what
+    # running a task takes, and its torchvision from PyPI would break the CPU build of torch.
     .venv/bin/python -m pip install --constraint constraints.txt torch &&
         .venv/bin/python -m pip install --constraint constraints.txt --editable ".[test,examples]" &&
         .venv/bin/python -m pip install --constraint constraints.txt --no-deps lmms-eval ||

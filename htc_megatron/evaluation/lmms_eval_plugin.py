@@ -1,5 +1,6 @@
 """What lmms-eval finds by the entry point lmms_eval.models: the model `htc_vlm`. Small, since every run of lmms-eval imports it.
 
+pip install -c constraints.txt -e '.[lmms-eval]' && pip install -c constraints.txt --no-deps lmms-eval
 python -m lmms_eval --model htc_vlm --model_args pretrained=FOLDER --tasks pope --batch_size 64
 """
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from htc_megatron.config import ConfigError
@@ -28,14 +29,18 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str
         csv.field_size_limit(before)
 
 
+def require_openpyxl(what: str) -> None:
+    """Raises ConfigError where the package that writes .xlsx files, which `what` needs, is not installed."""
+    if find_spec("openpyxl") is None:
+        raise ConfigError(f"{what} needs openpyxl, which is not installed: pip install -c constraints.txt -e '.[evaluation]'")
+
+
 def write_xlsx(rows: Sequence[Sequence[str | int | None]], path: Path) -> Path:
-    """A workbook of one sheet, text as text even where it looks like a formula. Raises ConfigError without openpyxl."""
-    try:
-        from openpyxl import Workbook
-        from openpyxl.cell import Cell, WriteOnlyCell
-        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-    except ImportError:
-        raise ConfigError(f"{path} needs openpyxl, which is not installed: pip install -c constraints.txt -e '.[evaluation]'") from None
+    """A workbook of one sheet, text as text even where it looks like a formula. Needs openpyxl."""
+    from openpyxl import Workbook
+    from openpyxl.cell import Cell, WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
 

@@ -2,8 +2,11 @@
 
 from htc_megatron.evaluation.tasks.easy_vqa import EasyVQA
 from htc_megatron.evaluation.tasks.gqa import GQA
+from htc_megatron.evaluation.tasks.mmbench import MMBench
 from htc_megatron.evaluation.tasks.mme import MME
 from htc_megatron.evaluation.tasks.pope import POPE
+from htc_megatron.evaluation.tasks.seed import SEEDBench
+from htc_megatron.evaluation.tasks.sqa import ScienceQA
 from htc_megatron.evaluation.tasks.vqav2 import VQAv2
 
-TASKS: dict[str, type] = {task.name: task for task in (GQA, VQAv2, MME, POPE, EasyVQA)}
+TASKS: dict[str, type] = {task.name: task for task in (GQA, VQAv2, MMBench, MME, POPE, SEEDBench, ScienceQA, EasyVQA)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from htc_megatron.config import ConfigError
 from htc_megatron.evaluation.choices import ANSWER_TOKENS, accuracies, chosen, lettered
 from htc_megatron.evaluation.records import existing, paired
-from htc_megatron.evaluation.spreadsheets import read_tsv, write_xlsx
+from htc_megatron.evaluation.spreadsheets import read_tsv, require_openpyxl, write_xlsx
 from htc_megatron.evaluation.task import Item, Scores
 
 STEP = 1_000_000  # between the indices of a question's rows
@@ -55,6 +55,8 @@ class MMBench:
     def __init__(self, root: Path, circular: bool = True):
         """circular: ask in every order, by the file's copies, or by ones made here where it has none; else in the first order alone."""
         path = existing(root, "mmbench_dev_20230712.tsv")
+        if circular:
+            require_openpyxl("mmbench's submission")  # said now, and not when everything is answered
         rows, images = _read(path)
         first = [row for row in rows if row.index < STEP]
         if circular and len(first) == len(rows):
@@ -80,7 +82,7 @@ class MMBench:
         return accuracies({part: right[part] for part in order}, "all")
 
     def submission(self, answers: dict[str, str], folder: Path) -> Path | None:
-        """The server's xlsx; None without circular evaluation, since the server wants every row. Needs openpyxl."""
+        """The server's xlsx; None without circular evaluation, since the server wants every row."""
         if not self.circular:
             return None
         table = [("index", "question", *OPTIONS, "prediction", "answer", "split")]
@@ -107,8 +109,6 @@ def _read(path: Path) -> tuple[list[Row], dict[int, bytes]]:
         rows[row.index] = row
         if row.index < STEP:
             cells[row.index] = values["image"]
-    if not rows:
-        raise ConfigError(f"{path} has no question, wanted at least one")
     if lost := [index for index, row in rows.items() if row.first not in cells]:
         raise ConfigError(f"{path}: index {lost[0]} is a copy of {lost[0] % STEP}, which is not there")
     return list(rows.values()), {index: _image(index, cells, path) for index in cells}

@@ -62,13 +62,11 @@ class SEEDBench:
                 raise ConfigError(f"{path}: questions: {place}: question_id {key} is there twice")
             if q.data_type == "image" or not images_only:
                 self.questions[key] = q
-        if not self.questions:
-            raise ConfigError(f"{path} has no question to ask, wanted at least one")
         self.items = [Item(key, _picture(root, q), lettered(q.question, q.options), ANSWER_TOKENS) for key, q in self.questions.items()]
         frames = [item.image for item in self.items if self.questions[item.key].data_type == "video"]
         if lacking := [frame for frame in frames if not frame.is_file()]:
             seen = f"{len(lacking)} of {len(frames)} videos have no frame, {lacking[0]} among them"
-            raise ConfigError(f"{path}: {seen}; wanted all, or images_only=True, which asks about images alone")
+            raise ConfigError(f"{path}: {seen}; wanted all, or seed.images_only=true, which asks about images alone")
 
     def score(self, answers: dict[str, str]) -> Scores:
         """Accuracy by kind of question, of images, of videos, and of all."""

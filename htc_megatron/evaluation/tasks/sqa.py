@@ -36,12 +36,13 @@ class ScienceQA:
 
     def __init__(self, root: Path):
         path, splits = existing(root, "problems.json"), existing(root, "pid_splits.json")
-        problems, test = read_json(path, dict[str, Problem]), read_json(splits, dict[str, list[str]]).get("test", [])
+        problems, parts = read_json(path, dict[str, Problem]), read_json(splits, dict[str, list[str]])
+        if "test" not in parts:
+            raise ConfigError(f"{splits} has no split 'test', only {', '.join(parts)}")
+        test = parts["test"]
         if unknown := [pid for pid in test if pid not in problems]:
             raise ConfigError(f"{splits}: test: {len(unknown)} of {len(test)} problems are not in {path}, {unknown[0]!r} among them")
         self.problems = {pid: problems[pid] for pid in test if problems[pid].image}
-        if not self.problems:
-            raise ConfigError(f"{splits}: test has no problem with an image, wanted at least one")
         for pid, problem in self.problems.items():
             _check(problem, f"{path}: {pid}")
         images = existing(root, "images") / "test"
