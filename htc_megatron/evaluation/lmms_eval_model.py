@@ -32,9 +32,8 @@ class Settings(NamedTuple):
         if (given.get("temperature") or 0) > 0:
             sampling = {"do_sample": True} | {name: given[name] for name in ("temperature", "top_p", "top_k") if given.get(name)}
         until = given.get("until") or ()
-        return cls(
-            given.get("max_new_tokens") or MAX_NEW_TOKENS, tuple(sampling.items()), (until,) if isinstance(until, str) else tuple(until)
-        )
+        until = (until,) if isinstance(until, str) else tuple(until)
+        return cls(given.get("max_new_tokens") or MAX_NEW_TOKENS, tuple(sampling.items()), until)
 
     def cut(self, text: str) -> str:
         for stop in self.until:
@@ -45,7 +44,7 @@ class Settings(NamedTuple):
 class HTCVLM(lmms):
     """pretrained: an exported folder. batch_size: requests taken together; those among them about one image compress it once.
 
-    With `accelerate launch` or torchrun every process answers its share on its own GPU.
+    With `accelerate launch` every process answers its share on its own GPU.
     """
 
     def __init__(
