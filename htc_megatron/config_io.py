@@ -3,15 +3,17 @@
     base: align.yaml            # optional: the file this one builds on, relative to itself
     optimizer: {lr: 1e-4}
 
-`load_config("run.yaml", ["training.seq_length=512"])` reads that, lays the overrides on top and validates the types
-strictly. Every fault is a ConfigError: one sentence with the full key, the value seen and the value wanted.
+`load_config(["run.yaml", "overlay.yaml"], ["training.seq_length=512"])` reads these, each laid over the one before, puts the
+overrides on top and validates the types strictly. Every fault is a ConfigError: one sentence with the full key, the value seen
+and the value wanted.
 """
 
 import dataclasses
 import difflib
 import json
+import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,21 +24,32 @@ from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.config_checks import check
 from htc_megatron.zero_json import load_zero
 
-__all__ = ["check", "from_dict", "load_config", "load_zero", "read_yaml", "to_dict", "to_yaml"]
+__all__ = ["check", "files_and_overrides", "from_dict", "load_config", "load_zero", "read_yaml", "to_dict", "to_yaml"]
 
 Config = TypeVar("Config")
+_YAML_FILE = re.compile(r"(?![\w.]+=).*\.ya?ml")  # no key=value, whose value may end so too
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names of constraints
 
 
-def load_config(path: str | Path | None, overrides: Iterable[str] = (), kind: type[Config] = RunConfig) -> Config:
-    """The configuration in a YAML file (None: the defaults), with `a.b.c=value` overrides (values are YAML too) on top.
+def load_config(paths: str | Path | Sequence[str | Path] | None, overrides: Iterable[str] = (), kind: type[Config] = RunConfig) -> Config:
+    """The configuration in a YAML file, with `a.b.c=value` overrides (values are YAML too) on top.
 
-    kind: the dataclass that is wanted. Types are validated; what fits together is `check`'s to say. Raises ConfigError.
+    paths: the file; or several, each laid over those before it; none: the defaults. kind: the dataclass that is wanted. Types are
+    validated; what fits together is `check`'s to say. Raises ConfigError.
     """
-    tree = _read_with_base(Path(path), ()) if path is not None else {}
+    files = [paths] if isinstance(paths, str | Path) else paths or []
+    tree: dict = {}
+    for path in files:
+        tree = _merged(tree, _read_with_base(Path(path), ()))
     for override in overrides:
         _override(tree, override)
-    return from_dict(tree, kind, str(path or ""))
+    return from_dict(tree, kind, ", ".join(map(str, files)))
+
+
+def files_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a command line: the first argument and whatever else ends as a YAML file's name are files, the others overrides."""
+    files = [word for i, word in enumerate(arguments) if i == 0 or _YAML_FILE.fullmatch(word)]
+    return files, [word for i, word in enumerate(arguments) if i and not _YAML_FILE.fullmatch(word)]
 
 
 def from_dict(tree: dict, kind: type[Config] = RunConfig, source: str = "") -> Config:

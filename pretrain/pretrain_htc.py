@@ -1,6 +1,6 @@
 """Train HTC-VLM on any layout of TP x PP x DP with ZeRO 1 to 3.
 
-torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml key=value ...
+torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml [overlay.yaml ...] key=value ...
 """
 
 import argparse
@@ -10,18 +10,18 @@ import sys
 import warnings
 
 from htc_megatron.config import ConfigError
-from htc_megatron.config_io import check, load_config, load_zero, to_yaml
+from htc_megatron.config_io import check, files_and_overrides, load_config, load_zero, to_yaml
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--config", required=True, nargs="+", help="YAML of the run, and others that are laid over it in turn")
     parser.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
     args = parser.parse_args()
     first = os.environ.get("RANK", "0") == "0"
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(*files_and_overrides([*args.config, *args.overrides]))
         if args.show:
             print(to_yaml(config), end="")
             return 0

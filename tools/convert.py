@@ -96,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("import", help="make a checkpoint of Hugging Face folders, mm_projector.bin, MGVQ's .pt")
     command.add_argument("sources", nargs="+", help="folders and files; each part comes from the last one that has it")
     command.add_argument("out", help="folder of checkpoints to write; must not exist")
-    command.add_argument("--config", help="YAML of the run: the method's choices, and sizes of what no source has (default: the paper's)")
+    run = "YAML of the run, and others laid over it: the method's choices, and sizes of what no source has (default: the paper's)"
+    command.add_argument("--config", nargs="+", help=run)
     command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="dotted keys on top, e.g. model.method.mask=none")
     command.add_argument("--tokenizer", help="sentencepiece .model or transformers folder (default: the backbone's own, else the YAML's)")
     command.add_argument("--voco-token-id", type=int, help="default: the tokenizer's <voco>, else the first row behind the vocabulary")
