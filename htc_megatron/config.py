@@ -49,6 +49,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """Features that the tower gives of an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -92,6 +93,11 @@ class MethodConfig:
     num_anchors: int = 4  # discrete tokens an image
     anchor_hidden_size: int = 4096  # width between the two linears of P_d
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # P_v
+    resampler: Literal["none", "average", "qformer"] = "none"  # of the patches: each a token | means of runs | learned queries
+    num_resampled_tokens: int = 1  # continuous tokens an image with a resampler
+    resampler_layers: int = 2  # of qformer
+    anchor_source: Literal["mgvq", "random", "topk_attention", "kmeans"] = "mgvq"  # P_d's input: q | some of the tower's features
+    anchor_seed: int = 0  # of anchor_source random
     fusion: Literal["pre", "post", "parallel"] = "pre"  # [anchors; patches] | [patches; anchors] | both over the same positions
     num_voco_tokens: int = 1  # K; 0 only with mask none
     voco_token_id: int = 32000
@@ -129,9 +135,31 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
+    def has_tower(self) -> bool:
+        """Whether there is a vision tower: in every model but those of the discrete channel alone."""
+        return self.method.channels != "discrete"
+
+    @property
+    def has_mgvq(self) -> bool:
+        """Whether the anchors are made from MGVQ's codes."""
+        return self.method.channels != "continuous" and self.method.anchor_source == "mgvq"
+
+    @property
+    def has_qformer(self) -> bool:
+        """Whether learned queries resample the patches."""
+        return self.has_tower and self.method.resampler == "qformer"
+
+    @property
     def num_patches(self) -> int:
-        """Continuous tokens an image (576 at full size; 0 with channels: discrete)."""
-        return 0 if self.method.channels == "discrete" else self.vision.num_patches
+        """Continuous tokens an image: patches (576 at full size), or what a resampler makes of them; 0 with channels: discrete."""
+        if not self.has_tower:
+            return 0
+        return self.vision.num_patches if self.method.resampler == "none" else self.method.num_resampled_tokens
+
+    @property
+    def anchor_inputs(self) -> int:
+        """Length of the vector that P_d makes an image's anchors from."""
+        return self.mgvq.flat_size if self.has_mgvq else self.method.num_anchors * self.vision.hidden_size
 
     @property
     def num_anchors(self) -> int:
@@ -140,7 +168,7 @@ class ModelConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """V_hy's length N: anchors and patches (580 at full size)."""
+        """V_hy's length N: anchors and continuous tokens (580 at full size)."""
         return self.num_anchors + self.num_patches
 
     @property
@@ -189,13 +217,14 @@ class OptimizerConfig:
 
 @dataclass(config=STRICT)
 class TrainingConfig:
-    train_iters: int = 1000
+    train_iters: int = 1000  # 0: what init_from's weights become under this model section is saved as it is, untrained
     micro_batch_size: int = 1  # packed rows
     global_batch_size: int = 8  # packed rows of one optimiser step
     seq_length: int = 2048  # tokens of a packed row
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
-    freeze: tuple[Literal["vision", "projector", "anchors", "backbone", "voco"], ...] = ("vision",)  # adapters are no part of backbone
+    # adapters are no part of backbone
+    freeze: tuple[Literal["vision", "resampler", "projector", "anchors", "backbone", "voco"], ...] = ("vision",)
     eval_interval: int = 0  # steps; 0: never
     eval_iters: int = 10
     save_interval: int = 0  # steps; 0: at the end only

@@ -27,6 +27,7 @@ MAY_BE_ZERO = {
     "model.method.num_voco_tokens",
     "model.method.voco_token_id",
     "model.method.num_anchors",
+    "model.method.anchor_seed",
     "data.seed",
     "data.max_bad_share",
     "optimizer.min_lr",
@@ -36,6 +37,7 @@ MAY_BE_ZERO = {
     "optimizer.beta2",
     "optimizer.clip_grad",
     "training.seed",
+    "training.train_iters",
     "training.eval_interval",
     "training.save_interval",
     "training.keep_checkpoints",
@@ -93,9 +95,10 @@ def _model(model: ModelConfig) -> Iterator[str]:
     yield from _backbone(model.backbone)
     yield from _method(model.method, model.backbone)
     yield from _lora(model.lora)
-    if model.method.channels != "discrete":
+    if model.has_tower:
         yield from _vision(model.vision)
-    if model.method.channels != "continuous":
+        yield from _chosen_tokens(model.method, model.vision.num_patches)
+    if model.has_mgvq:
         yield from _mgvq(model.mgvq)
 
 
@@ -117,8 +120,24 @@ def _method(method: MethodConfig, backbone: BackboneConfig) -> Iterator[str]:
         yield f"{key}.fusion: got {method.fusion}, wanted pre with channels {method.channels}: there is one channel and nothing to fuse"
     if method.num_anchors == 0 and method.channels != "continuous":
         yield f"{key}.num_anchors: got 0, wanted at least 1 with channels {method.channels}"
+    if method.resampler != "none" and method.channels == "discrete":
+        yield f"{key}.resampler: got {method.resampler}, wanted none with channels discrete: there are no patches to resample"
+    if method.anchor_source != "mgvq" and method.channels != "hybrid":
+        yield (
+            f"{key}.anchor_source: got {method.anchor_source}, wanted mgvq with channels {method.channels}: anchors from the tower's "
+            "features take its place in the hybrid model alone"
+        )
     if method.num_voco_tokens and method.voco_token_id >= backbone.vocab_size:
         yield f"{key}.voco_token_id: got {method.voco_token_id}, wanted less than model.backbone.vocab_size, {backbone.vocab_size}"
+
+
+def _chosen_tokens(method: MethodConfig, patches: int) -> Iterator[str]:
+    """Of the tower's features no more can be chosen than there are; queries may be as many as one likes."""
+    key = "model.method"
+    if method.resampler == "average" and method.num_resampled_tokens > patches:
+        yield f"{key}.num_resampled_tokens: got {method.num_resampled_tokens}, wanted at most the {patches} patches that are averaged"
+    if method.channels == "hybrid" and method.anchor_source != "mgvq" and method.num_anchors > patches:
+        yield f"{key}.num_anchors: got {method.num_anchors}, wanted at most the {patches} patches that {method.anchor_source} chooses from"
 
 
 def _lora(lora: LoraConfig) -> Iterator[str]:
@@ -159,11 +178,11 @@ def _mgvq(mgvq: MGVQConfig) -> Iterator[str]:
 
 
 def _tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    tp, what, channels = parallel.tensor_model_parallel_size, "tensor_model_parallel_size", model.method.channels
+    tp, what = parallel.tensor_model_parallel_size, "tensor_model_parallel_size"
     shared = [("model.backbone", model.backbone, ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))]
-    if channels != "discrete":
+    if model.has_tower:  # the Q-Former has the tower's heads and width
         shared.append(("model.vision", model.vision, ("num_attention_heads", "ffn_hidden_size")))
-    if channels != "continuous":
+    if model.method.channels != "continuous":
         shared.append(("model.method", model.method, ("anchor_hidden_size",)))
     for key, section, names in shared:
         for name in names:
@@ -229,6 +248,8 @@ def _training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         else:
             dp, known = world_size // (tp * pp), f"micro_batch_size {micro} x data-parallel size {world_size // (tp * pp)}"
     yield from _divides("training.global_batch_size", training.global_batch_size, micro * dp, known)
+    if not training.train_iters and not config.init_from:
+        yield "training.train_iters: got 0, wanted a positive number, or a checkpoint in init_from: there would be nothing to do"
     parts = _trainable_parts(config.model)
     if parts <= set(training.freeze) and not config.model.lora.rank:
         yield f"training.freeze: got {', '.join(training.freeze)}, wanted one or more of {', '.join(sorted(parts))} left to train"
@@ -241,6 +262,11 @@ def _training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
     if config.data.feature_cache and config.model.method.channels == "discrete":
         yield f"data.feature_cache: got {config.data.feature_cache}, wanted nothing with channels discrete: there is no vision tower"
+    if config.data.feature_cache and config.model.method.anchor_source == "topk_attention":
+        yield (
+            f"data.feature_cache: got {config.data.feature_cache}, wanted nothing with anchor_source topk_attention: features are kept "
+            "there, but not the attention that chooses among them"
+        )
     if not config.output_dir:
         yield "output_dir: got nothing, wanted a folder for checkpoints and logs"
 
@@ -250,8 +276,10 @@ def _trainable_parts(model: ModelConfig) -> set[str]:
     parts = {"backbone"}
     if model.method.num_voco_tokens:
         parts.add("voco")
-    if model.method.channels != "discrete":
+    if model.has_tower:
         parts |= {"vision", "projector"}
+    if model.has_qformer:
+        parts.add("resampler")
     if model.method.channels != "continuous":
         parts.add("anchors")
     return parts

@@ -86,10 +86,10 @@ def tiny_training_config(
 
 
 def tiny_weights(model: ModelConfig, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Random weights in their stored global form, and the MGVQ they go with (None without a discrete channel)."""
+    """Random weights in their stored global form, and the MGVQ they go with (None where anchors are not its)."""
     torch.manual_seed(seed)
     tensors = {weight.name: torch.randn(weight.shape) * 0.2 for weight in weights(model)}
-    if model.method.channels == "continuous":
+    if not model.has_mgvq:
         return tensors, None
     mgvq = build_mgvq(model.mgvq, encoder_only=True).state_dict()
     tensors["frontend.codebook.weight"] = mgvq["quantize.embedding.weight"].clone()
@@ -137,7 +137,7 @@ def made(folder: Path, precision: str = "fp32", seed: int = 0, words: dict | Non
     tensors, _ = tiny_weights(model, seed)
     mgvq = build_mgvq(model.mgvq)
     save_mgvq(mgvq, model.mgvq, folder / "mgvq.safetensors")
-    if model.method.channels != "continuous":
+    if model.has_mgvq:
         tensors["frontend.codebook.weight"] = mgvq.quantize.embedding.weight.detach().clone()
     training = TrainingConfig(precision=precision)
     config = RunConfig(model=model, training=training, tokenizer=str(tokenizer), mgvq_checkpoint=str(folder / "mgvq.safetensors"))

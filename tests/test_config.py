@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from htc_megatron.config import STRICT, ConfigError, OptimizerConfig, RunConfig, TrainingConfig
 from htc_megatron.config_checks import MAY_BE_ZERO, check, check_model
-from htc_megatron.config_io import from_dict, load_config, to_dict, to_yaml
+from htc_megatron.config_io import files_and_overrides, from_dict, load_config, to_dict, to_yaml
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -59,6 +59,20 @@ def test_base(tmp_path):
     config = load_config(path, ["optimizer.lr=0.25"])
     assert (config.training.seq_length, config.training.train_iters) == (512, 9)
     assert (config.optimizer.lr, config.optimizer.beta1) == (0.25, 0.8)
+
+
+def test_files_are_laid_over_each_other(tmp_path):
+    """Each with its own base; lists are replaced, not joined; the command line comes last."""
+    write(tmp_path, "training: {seq_length: 512, train_iters: 7, freeze: [vision, voco]}\noptimizer: {lr: 0.5}\n", "bottom.yaml")
+    first = write(tmp_path, "base: bottom.yaml\nmodel: {method: {mask: full}}\n", "first.yaml")
+    second = write(tmp_path, "model: {method: {num_voco_tokens: 2}}\ntraining: {train_iters: 9, freeze: [voco]}\n", "second.yml")
+    config = load_config([first, second], ["optimizer.lr=0.25"])
+    assert (config.model.method.mask, config.model.method.num_voco_tokens) == ("full", 2)
+    assert (config.training.seq_length, config.training.train_iters, config.training.freeze) == (512, 9, ("voco",))
+    assert config.optimizer.lr == 0.25
+    assert "first.yaml, " in sentence(load_config, [first, write(tmp_path, "trainin: 1", "third.yaml")])
+    words = ["a.txt", "lr=1/b.yaml", "seed=1", "x/y=2/c.yml", "zero=d.yaml", "seq_length"]
+    assert files_and_overrides(words) == (["a.txt", "x/y=2/c.yml"], ["lr=1/b.yaml", "seed=1", "zero=d.yaml", "seq_length"])
 
 
 def test_a_configuration_from_before_there_were_adapters_has_none():
@@ -136,8 +150,11 @@ BAD_TEXT = [
     ("tokenizer: 32000", "tokenizer: got 32000, wanted text"),
     ("training: {precision: fp16}", "training.precision: got 'fp16', wanted bf16 or fp32: DeepSpeed's fp16 raises on pipeline stages"),
     ("training: {precision: int8}", "training.precision: got 'int8', wanted fp32 or bf16"),
-    ("training: {freeze: vision}", "training.freeze: got 'vision', wanted a list, each entry vision, projector, anchors, backbone or voco"),
-    ("training: {freeze: [vison]}", "training.freeze.0: got 'vison', wanted vision, projector"),
+    (
+        "training: {freeze: vision}",
+        "training.freeze: got 'vision', wanted a list, each entry vision, resampler, projector, anchors, backbone or",
+    ),
+    ("training: {freeze: [vison]}", "training.freeze.0: got 'vison', wanted vision, resampler"),
     ("model: {mgvq: {widths: [8, x]}}", "model.mgvq.widths.1: got 'x', wanted a whole number"),
     ("model: 7", "model: got 7, wanted keys and values (backbone, vision, mgvq, method, lora)"),
     ("model: {lora: {rank: 4, targets: [lm_head]}}", "model.lora.targets.0: got 'lm_head', wanted q_proj, k_proj, v_proj, o_proj, gate"),
@@ -195,6 +212,7 @@ def test_every_fault_is_named_at_once(tmp_path):
 TP, PP, SP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel"
 LAYERS = "parallel.layers_per_stage"
 MASK, CHANNELS, SEES = "model.method.mask", "model.method.channels", "model.method.text_sees"
+SOURCE = "model.method.anchor_source"
 # (overrides, number of processes, the sentence)
 BAD_COMBINATIONS = [
     ({TP: 3}, 3, "model.backbone.num_attention_heads: got 32, wanted a multiple of tensor_model_parallel_size, 3"),
@@ -267,7 +285,21 @@ BAD_COMBINATIONS = [
     ({"optimizer.lr": float("nan")}, 1, "optimizer.lr: got nan, wanted a positive number"),
     ({"optimizer.weight_decay": -0.1}, 1, "optimizer.weight_decay: got -0.1, wanted zero or a positive number"),
     ({"data.max_bad_share": 2.0}, 1, "data.max_bad_share: got 2.0, wanted a share from 0 to 1"),
-    ({"training.train_iters": 0}, 1, "training.train_iters: got 0, wanted a positive number"),
+    ({"training.train_iters": 0}, 1, "training.train_iters: got 0, wanted a positive number, or a checkpoint in init_from: there would"),
+    ({CHANNELS: "discrete", "model.method.resampler": "average"}, 1, "model.method.resampler: got average, wanted none with channels disc"),
+    ({CHANNELS: "continuous", SOURCE: "random"}, 1, f"{SOURCE}: got random, wanted mgvq with channels continuous: anchors from the tower"),
+    ({CHANNELS: "discrete", SOURCE: "kmeans"}, 1, f"{SOURCE}: got kmeans, wanted mgvq with channels discrete"),
+    (
+        {SOURCE: "kmeans", "model.method.num_anchors": 600},
+        1,
+        "num_anchors: got 600, wanted at most the 576 patches that kmeans chooses from",
+    ),
+    (
+        {"model.method.resampler": "average", "model.method.num_resampled_tokens": 600},
+        1,
+        "model.method.num_resampled_tokens: got 600, wanted at most the 576 patches that are averaged",
+    ),
+    ({SOURCE: "topk_attention", "data.feature_cache": "/c"}, 1, "data.feature_cache: got /c, wanted nothing with anchor_source topk_att"),
     ({"model.vision.patch_size": 0}, 1, "model.vision.patch_size: got 0, wanted a positive number"),
     ({"model.mgvq.widths": [8, 0, 8, 8]}, 1, "model.mgvq.widths: got 0, wanted a positive number"),
     ({"training.eval_interval": 5}, 1, "data.validation: got nothing, wanted a prepared folder with training.eval_interval 5"),
@@ -305,6 +337,10 @@ def test_what_fits_is_accepted():
     # the sizes of a channel that is not there do not matter
     check(changed({CHANNELS: "continuous", "model.mgvq.image_size": 5, "model.method.num_anchors": 0}), 1)
     check(changed({CHANNELS: "discrete", "model.vision.image_size": 5, "training.freeze": ["vision", "projector"]}), 1)
+    # neither MGVQ nor its sizes matter where the anchors are the tower's
+    check(changed({SOURCE: "kmeans", "model.mgvq.image_size": 5, "data.feature_cache": "/cache"}), 1)
+    check(changed({"model.method.resampler": "qformer", "model.method.num_resampled_tokens": 600, "training.freeze": ["resampler"]}), 1)
+    check(changed({"training.train_iters": 0, "init_from": "runs/upper"}), 1)
     everything = ["vision", "projector", "anchors", "voco", "backbone"]
     check(changed({"model.lora.rank": 8, "model.lora.targets": ["q_proj", "v_proj"], "training.freeze": everything}), 1)
     check(changed({"optimizer.clip_grad": 0.0, "optimizer.warmup_ratio": 0.0, "model.method.image_sees": "prefix"}), 1)

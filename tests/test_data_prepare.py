@@ -294,6 +294,9 @@ def test_data_for_another_model_is_refused(tmp_path, tokenizer):
     model.method.channels = "continuous"
     without.check(model)
     model.method.channels = "hybrid"
+    model.method.anchor_source = "kmeans"
+    without.check(model)
+    model.method.anchor_source = "mgvq"
     with pytest.raises(ConfigError, match="tokenizer: its fingerprint is other, but .* was prepared with"):
         data.check(model, "other")
     with pytest.raises(ConfigError, match="mgvq_checkpoint: its fingerprint is "):

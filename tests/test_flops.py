@@ -25,10 +25,11 @@ def test_pairs_are_those_of_the_mask(rule, shape):
     assert sum(attention_pairs(batch, rule)) == int(dense_mask(layout, rule).sum()) - padding
 
 
-def matrix_flops() -> tuple[float, float]:
+def matrix_flops(**method) -> tuple[float, float]:
     """Forward operations of a batch without padding, attention left out: ours, torch's."""
-    frozen = ["vision", "projector", "anchors", "voco", "backbone"]
-    config = tiny_config(training__seq_length=27, training__freeze=frozen)
+    frozen = ["vision", "resampler", "projector", "anchors", "voco", "backbone"]
+    changes = {f"model__method__{key}": value for key, value in method.items()}
+    config = tiny_config(training__seq_length=27, training__freeze=frozen, **changes)
     groups = process_groups.initialise(config.parallel, 0)
     engine = build_engine(config, load_zero("zero1.json"), groups)
     batch = micro_batch(config, 3, "i")
@@ -40,6 +41,10 @@ def matrix_flops() -> tuple[float, float]:
     text, images = attention_pairs(batch, rule)
     attention = 4 * bb.hidden_size * (bb.num_layers * text + (bb.num_layers - 1) * images)  # nobody reads V and Z rows of the last layer
     attention += layout.num_images * 4 * vision.hidden_size * vision.num_layers * (vision.num_patches + 1) ** 2
+    if config.model.has_qformer:
+        queries = config.model.num_patches
+        per_layer = 4 * vision.hidden_size * queries * (queries + vision.num_patches)
+        attention += layout.num_images * config.model.method.resampler_layers * per_layer
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         engine.module(batch)
     counts = counter.get_flop_counts()["Global"]
@@ -48,8 +53,13 @@ def matrix_flops() -> tuple[float, float]:
     return step_flops(config, [batch]) - attention, products
 
 
-def test_matrix_products_are_those_torch_counts(ranks):
-    ours, theirs = ranks(1).run(matrix_flops)[0]
+@pytest.mark.parametrize(
+    "method",
+    [{}, dict(resampler="qformer", num_resampled_tokens=3), dict(resampler="average"), dict(anchor_source="random")],
+    ids=str,
+)
+def test_matrix_products_are_those_torch_counts(ranks, method):
+    ours, theirs = ranks(1).run(matrix_flops, **method)[0]
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 

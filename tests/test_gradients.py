@@ -28,6 +28,11 @@ VARIANTS = {
     "none, prefix": dict(mask="none", image_sees="prefix", num_voco_tokens=0),
     "continuous, linear": dict(channels="continuous", projector="linear", image_sees="prefix"),
     "post": dict(fusion="post"),
+    "Q-Former": dict(channels="continuous", resampler="qformer", num_resampled_tokens=3, mask="none", num_voco_tokens=0),
+    "average of runs": dict(resampler="average", num_resampled_tokens=3),
+    "average of cells": dict(resampler="average", num_resampled_tokens=4, anchor_source="random"),
+    "top-k": dict(anchor_source="topk_attention"),
+    "k-means": dict(anchor_source="kmeans", num_anchors=3),
 }
 
 
@@ -58,7 +63,7 @@ def in_transformers(config: RunConfig, tensors: dict[str, Tensor], batch: MicroB
     from htc_megatron.model.mgvq import build_mgvq
 
     torch.manual_seed(0)
-    hybrid = config.model.method.channels != "continuous"
+    hybrid = config.model.has_mgvq
     mgvq = build_mgvq(config.model.mgvq, encoder_only=True).state_dict() if hybrid else None
     if hybrid:
         mgvq["quantize.embedding.weight"] = tensors["frontend.codebook.weight"]

@@ -21,6 +21,13 @@ VARIANTS = {
     "parallel, linear, Llama": LLAMA | dict(model__method__fusion="parallel", model__method__projector="linear"),
     "discrete": dict(model__method__channels="discrete"),
     "continuous": dict(model__method__channels="continuous"),
+    "Q-Former": dict(model__method__channels="continuous", model__method__resampler="qformer", model__method__mask="none")
+    | dict(model__method__num_voco_tokens=0),
+    "average of four, K 4": dict(model__method__resampler="average", model__method__num_resampled_tokens=4)
+    | dict(model__method__num_voco_tokens=4),
+    "random anchors": dict(model__method__anchor_source="random", model__method__anchor_seed=3),
+    "anchors by attention": dict(model__method__anchor_source="topk_attention"),
+    "anchors by k-means": dict(model__method__anchor_source="kmeans"),
 }
 
 
@@ -65,7 +72,7 @@ def check(folder, logits):
     """Every sample of the example through the exported model, alone, at its text and voco places."""
     reader = CheckpointReader(folder)
     config = reader.config
-    frozen = None if config.model.method.channels == "continuous" else frozen_mgvq(config).state_dict()
+    frozen = frozen_mgvq(config).state_dict() if config.model.has_mgvq else None
     model = hf_from_tensors(config.model, {name: reader.tensor(name) for name in reader.names}, frozen)
     batch, mgvq_pixels = example(config)
     layout, image = batch.layout, batch.layout.image

@@ -70,6 +70,13 @@ VARIANTS = {
     "continuous, linear projector": dict(channels="continuous", projector="linear"),
     "post-fusion": dict(fusion="post"),
     "parallel fusion, star with prefix": dict(fusion="parallel", image_sees="prefix"),
+    "Q-Former to one token": dict(channels="continuous", resampler="qformer", mask="none", image_sees="prefix", num_voco_tokens=0),
+    "average to one token": dict(channels="continuous", resampler="average", mask="none", image_sees="prefix", num_voco_tokens=0),
+    "Q-Former to three tokens, star": dict(resampler="qformer", num_resampled_tokens=3, resampler_layers=1),
+    "average to four tokens, K = 4": dict(resampler="average", num_resampled_tokens=4, num_voco_tokens=4),
+    "random anchors, K = 4": dict(anchor_source="random", anchor_seed=5, num_voco_tokens=4),
+    "anchors by CLS's attention": dict(anchor_source="topk_attention"),
+    "anchors by k-means": dict(anchor_source="kmeans", num_anchors=3),
 }
 
 

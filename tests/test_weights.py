@@ -24,6 +24,8 @@ VARIANTS = [
     dict(channels="continuous", projector="linear"),
     dict(channels="discrete"),
     dict(mask="none", num_voco_tokens=0),
+    dict(channels="continuous", resampler="qformer", num_resampled_tokens=3),
+    dict(anchor_source="random"),
     dict(lora=LoraConfig(3)),
     dict(lora=LoraConfig(3, targets=("v_proj", "q_proj", "down_proj")), qkv_bias=True),
     dict(lora=LoraConfig(3, targets=("k_proj", "v_proj", "o_proj", "up_proj"))),

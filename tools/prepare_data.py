@@ -23,7 +23,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, required=True, help="folder that the records' image names are relative to")
     add("--output", type=Path, required=True, help="folder to write; must not exist")
     add("--tokenizer", required=True, help="sentencepiece .model file or transformers tokenizer folder")
-    add("--mgvq", type=Path, help="MGVQ weights, .safetensors or the public .pt; left out: no codes, for channels: continuous")
+    add("--mgvq", type=Path, help="MGVQ weights, .safetensors or the public .pt; left out: no codes, for models whose anchors are not its")
     add(
         "--codes-from", type=Path, nargs="+", default=[], metavar="DIR", help="earlier outputs: images that they hold are not encoded again"
     )

@@ -19,10 +19,16 @@ def describe(reader: CheckpointReader) -> Iterator[str]:
         f"{backbone.num_attention_heads} heads in {backbone.num_query_groups} groups, MLP {backbone.ffn_hidden_size}, "
         f"vocabulary {backbone.vocab_size}"
     )
-    if model.num_patches:
+    if model.has_tower:
         vision = model.vision
-        yield f"vision:     CLIP, {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} px, {model.num_patches} patches"
-    if model.num_anchors:
+        resampled = "" if method.resampler == "none" else f", {method.resampler} to {model.num_patches} tokens"
+        yield (
+            f"vision:     CLIP, {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} px, {vision.num_patches} patches"
+            f"{resampled}"
+        )
+    if model.num_anchors and not model.has_mgvq:
+        yield f"anchors:    {model.num_anchors} of the tower's features by {method.anchor_source}"
+    if model.has_mgvq:
         mgvq, file = model.mgvq, config.mgvq_checkpoint or "not named"
         yield f"MGVQ:       {mgvq.groups} groups, {mgvq.codebook_size} codes, {model.num_anchors} anchors; file {file}"
     kept = f"<voco> x {method.num_voco_tokens} (id {method.voco_token_id})" if method.num_voco_tokens else "no voco token"

@@ -238,7 +238,8 @@ def _merge(written: list[tuple[str, FileRecord, dict[str, int], dict[str, Stored
 class Loaded:
     """What `load` gives back beside the weights.
 
-    rng: this rank's random states, if the checkpoint was written by the same layout; None: seed afresh.
+    rng: this rank's random states, if the checkpoint was written by the same layout; None: seed afresh. lacking: parts that the
+    checkpoint was without, as it may.
     """
 
     folder: Path
@@ -247,6 +248,7 @@ class Loaded:
     rng: dict[str, Tensor] | None
     layout: dict[str, Any]
     config: RunConfig
+    lacking: tuple[str, ...]
 
 
 def load(
@@ -254,13 +256,14 @@ def load(
     state: State,
     *,
     optimizer: bool = True,
-    may_lack: Callable[[str], bool] = lambda name: False,
+    may_lack: Callable[[str], str] = lambda name: "",
     group: ProcessGroup | None = None,
 ) -> Loaded:
     """Fill `state` from a checkpoint (or the latest in a folder of them), whatever layout wrote it. Collective over `group`.
 
     optimizer: whether moments and step count are wanted too (resuming) or weights alone (starting from a model).
-    may_lack: names of weights that the checkpoint may be without, all of them or none; such weights stay as they are.
+    may_lack: name of a weight -> the part it belongs to, if the checkpoint may be without that part (all of it or none), else "".
+        Weights that it is without stay as they are.
     Raises CheckpointError on every rank, with the whole list, if a tensor is missing, misshapen or one too many, or a
     file is not what was written. Nothing is written into the state before names, shapes and files are checked.
     """
@@ -270,14 +273,15 @@ def load(
     wanted: dict[str, tuple[int, ...]] = {}
     for shapes in together.share(state.shapes(optimizer) if first else {}):
         wanted.update(shapes)
-    lacking = {key for key in wanted if may_lack(key.rpartition("/")[2])}
-    if lacking.isdisjoint(reader.manifest.tensors):
-        wanted = {key: shape for key, shape in wanted.items() if key not in lacking}
+    part_of = {key: may_lack(key.rpartition("/")[2]) for key in wanted}
+    there = {part for key, part in part_of.items() if not part or key in reader.manifest.tensors}
+    wanted = {key: shape for key, shape in wanted.items() if part_of[key] in there}
     together.run(lambda: _compare(reader, wanted, optimizer))
     together.run(lambda: state.begin_load(reader.manifest.optimizer_step if optimizer else None))
     together.run(lambda: _fill(reader, state, wanted, optimizer))
     state.finish_load()
-    return Loaded(reader.folder, reader.step, reader.extra, _random_states(reader, state.place), reader.layout, reader.config)
+    rng, lacking = _random_states(reader, state.place), tuple(dict.fromkeys(part for part in part_of.values() if part not in there))
+    return Loaded(reader.folder, reader.step, reader.extra, rng, reader.layout, reader.config, lacking)
 
 
 def _compare(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]], optimizer: bool) -> None:

@@ -72,12 +72,12 @@ class Collator:
         layout = SequenceLayout(len(rows), self.seq_length, _table(samples, 3), _table(images, 2), self.shape)
         batch = MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), layout)
         if self.needs_pixels:
-            if self.shape.num_patches and self.cache is not None:
+            if self.model.has_tower and self.cache is not None:
                 batch.features = _known_features(sources, self.cache)
                 batch.pixel_values = read_pixels(batch.features.missing, self.model)
-            elif self.shape.num_patches:
+            elif self.model.has_tower:
                 batch.pixel_values = read_pixels(sources, self.model)
-            if self.shape.num_anchors:
+            if self.model.has_mgvq:
                 batch.codes = torch.from_numpy(self._codes(sources))
         return batch
 

@@ -89,14 +89,14 @@ class PreparedData:
                 f"tokenizer: its fingerprint is {tokenizer_fingerprint[:12]}, but {self.path} was prepared with "
                 f"{made_by['fingerprint'][:12]}: name that tokenizer, or prepare the data again"
             )
-        if model.num_anchors == 0:
+        if not model.has_mgvq:
             return
         codes = self.index.mgvq
         if codes is None:
             if self.image_counts.any():
                 raise ConfigError(
                     f"model.method.channels is {model.method.channels}, but {self.path} holds no MGVQ codes: prepare it with --mgvq, "
-                    "or set channels to continuous"
+                    "or set channels to continuous or anchor_source to another than mgvq"
                 )
             return
         seen, wanted = (codes["positions"], codes["groups"]), (model.mgvq.grid**2, model.mgvq.groups)

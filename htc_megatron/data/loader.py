@@ -31,7 +31,7 @@ def open_data(config: RunConfig, path: str | Path) -> PreparedData:
     data = PreparedData(path)
     tokenizer = load_tokenizer(config.tokenizer).fingerprint if config.tokenizer else ""
     mgvq = ""
-    if config.model.num_anchors and config.mgvq_checkpoint:
+    if config.model.has_mgvq and config.mgvq_checkpoint:
         mgvq = mgvq_fingerprint(load_mgvq(config.mgvq_checkpoint, config.model.mgvq, encoder_only=True))
     data.check(config.model, tokenizer, mgvq)
     return data

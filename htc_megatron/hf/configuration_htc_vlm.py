@@ -9,6 +9,8 @@ TEXT_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 CHOICES = {
     "channels": ("hybrid", "continuous", "discrete"),
     "projector": ("linear", "mlp2x_gelu"),
+    "resampler": ("none", "average", "qformer"),
+    "anchor_source": ("mgvq", "random", "topk_attention", "kmeans"),
     "fusion": ("pre", "post", "parallel"),
     "mask": ("star", "full", "none"),
     "image_sees": ("own", "prefix"),
@@ -24,6 +26,10 @@ class HTCVLMConfig(PreTrainedConfig):
 
     channels: hybrid (anchors and patches) | continuous (patches) | discrete (anchors).
     num_anchors, anchor_hidden_size: discrete tokens an image, width between the two linears that make them.
+    anchor_source: mgvq | random | topk_attention | kmeans: what these are made from, MGVQ's latents or some of the tower's features
+        (anchors_htc_vlm.py); anchor_seed draws the positions of `random`.
+    resampler: none | average | qformer: what makes num_resampled_tokens of the patches (resampler_htc_vlm.py). resampler_layers:
+        of qformer.
     projector: linear | mlp2x_gelu. fusion: pre [anchors; patches] | post [patches; anchors] | parallel (pre's order, but
         both channels start at the same RoPE position).
     num_voco_tokens: K tokens an image is compressed into; 0 only with mask none.
@@ -49,6 +55,11 @@ class HTCVLMConfig(PreTrainedConfig):
         mask: str = "star",
         image_sees: str = "own",
         text_sees: str = "all",
+        resampler: str = "none",
+        num_resampled_tokens: int = 1,
+        resampler_layers: int = 2,
+        anchor_source: str = "mgvq",
+        anchor_seed: int = 0,
         image_token_id: int = 32000,
         **kwargs,
     ):
@@ -63,23 +74,36 @@ class HTCVLMConfig(PreTrainedConfig):
         self.text_config, self.vision_config = text_config, vision_config
         self.mgvq_config = dict(mgvq_config or {})
         chosen = dict(channels=channels, projector=projector, fusion=fusion, mask=mask, image_sees=image_sees, text_sees=text_sees)
+        chosen |= dict(resampler=resampler, anchor_source=anchor_source)
         for name, value in chosen.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}")
             setattr(self, name, value)
         self.num_anchors, self.anchor_hidden_size = num_anchors, anchor_hidden_size
         self.num_voco_tokens, self.image_token_id = num_voco_tokens, image_token_id
+        self.num_resampled_tokens, self.resampler_layers, self.anchor_seed = num_resampled_tokens, resampler_layers, anchor_seed
         if mask == "none" and text_sees == "voco_on":
             raise ValueError("mask none shows text everything, so text_sees must be all, not voco_on")
+        if channels != "hybrid" and anchor_source != "mgvq":
+            raise ValueError(f"anchor_source is {anchor_source} with channels {channels}; it must be mgvq unless channels is hybrid")
         if num_voco_tokens < 1 and (mask != "none" or num_voco_tokens < 0):
             raise ValueError(f"num_voco_tokens is {num_voco_tokens}; it must be at least 1, or 0 with mask none")
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
     @property
+    def has_mgvq(self) -> bool:
+        """Whether the anchors are made from MGVQ's codes."""
+        return self.channels != "continuous" and self.anchor_source == "mgvq"
+
+    @property
     def patches_per_image(self) -> int:
-        """Continuous tokens an image."""
-        return 0 if self.channels == "discrete" else (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        """Continuous tokens an image: patches, or what a resampler makes of them."""
+        if self.channels == "discrete":
+            return 0
+        if self.resampler != "none":
+            return self.num_resampled_tokens
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @property
     def anchors_per_image(self) -> int:

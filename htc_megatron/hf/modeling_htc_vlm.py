@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, DynamicCache, GenerationMixin, LlamaModel, PreTrainedModel, Qwen2Model
 from transformers.modeling_outputs import ModelOutput
 
+from .anchors_htc_vlm import anchor_features, attention_in_clip
 from .cache_htc_vlm import KnownImages, VocoCache
 from .configuration_htc_vlm import HTCVLMConfig
 from .generation_htc_vlm import VocoGeneration
 from .image_htc_vlm import compress_images, kept_shape, turn, why_not_alone
 from .mask_htc_vlm import Expansion, allowed, expand, text_token
 from .modeling_mgvq import MGVQ
+from .resampler_htc_vlm import QFormer, average_tokens
 
 BACKBONES = {"llama": LlamaModel, "qwen2": Qwen2Model}
 
@@ -56,12 +58,12 @@ class PatchProjector(nn.Module):
 
 
 class AnchorProjector(nn.Module):
-    """P_d, flattened discrete latents q [images, channels * positions] -> anchors [images, A, H]."""
+    """P_d, q [images, inputs] -> anchors [images, A, H]. q: discrete latents [channels * positions], or chosen features [A * h]."""
 
-    def __init__(self, config: HTCVLMConfig, flat_size: int):
+    def __init__(self, config: HTCVLMConfig, inputs: int):
         super().__init__()
         self.num_anchors = config.num_anchors
-        self.fc1 = nn.Linear(flat_size, config.anchor_hidden_size)
+        self.fc1 = nn.Linear(inputs, config.anchor_hidden_size)
         self.fc2 = nn.Linear(config.anchor_hidden_size, config.num_anchors * config.text_config.hidden_size)
 
     def forward(self, q: Tensor) -> Tensor:
@@ -113,10 +115,16 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
             self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
             self.vision_tower.post_layernorm = nn.Identity()  # acts on the pooled CLS only, which is not used
             self.projector = PatchProjector(config)
-        if config.channels != "continuous":
+            if config.resampler == "qformer":
+                vision = config.vision_config
+                sizes = (vision.hidden_size, vision.intermediate_size, vision.num_attention_heads, vision.layer_norm_eps)
+                self.resampler = QFormer(config.num_resampled_tokens, config.resampler_layers, *sizes)
+        if config.has_mgvq:
             self.mgvq = FrozenMGVQ(**config.mgvq_config, encoder_only=True).requires_grad_(False)
             side = self.mgvq.image_size // 2 ** (len(self.mgvq.encoder.stages) - 1)  # stage 0 is empty
             self.anchors = AnchorProjector(config, self.mgvq.quant_conv.out_channels * side**2)
+        elif config.anchors_per_image:
+            self.anchors = AnchorProjector(config, config.num_anchors * config.vision_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -131,25 +139,38 @@ class HTCVLMModel(HTCVLMPreTrainedModel):
         """V_hy of each image, [images, N, hidden_size].
 
         pixel_values: [images, 3, s, s] as CLIP wants them; mgvq_pixel_values: [images, 3, s2, s2] in [-1, 1], or in their place
-        mgvq_codes: [images, positions, groups], what the encoder made of them. A channel that the model lacks ignores its input;
-        a missing input, or another number of images, raises ValueError.
+        mgvq_codes: [images, positions, groups], what the encoder made of them. An input that the model has no use for is ignored;
+        a missing one, or another number of images, raises ValueError.
         """
         config, parts = self.config, {}
         if config.channels != "discrete":
             side = config.vision_config.image_size
             self._check_pixels("pixel_values", pixel_values, side)
-            parts["patches"] = self.projector(self.vision_tower(pixel_values).last_hidden_state[:, 1:])
-        if config.channels != "continuous":
+            features, attention = self._vision_features(pixel_values)
+            patches = self.projector(self.resampler(features) if config.resampler == "qformer" else features)
+            parts["patches"] = average_tokens(patches, config.num_resampled_tokens) if config.resampler == "average" else patches
+        if config.has_mgvq:
             if mgvq_codes is None:
                 self._check_pixels("mgvq_pixel_values", mgvq_pixel_values, self.mgvq.image_size)
                 mgvq_codes = self.mgvq.encode(mgvq_pixel_values)
             parts["anchors"] = self.anchors(self.mgvq.lookup(mgvq_codes))
+        elif config.anchors_per_image:
+            chosen = anchor_features(config.anchor_source, features, config.num_anchors, config.anchor_seed, attention)
+            parts["anchors"] = self.anchors(chosen)
         if len(parts) == 2 and len(parts["patches"]) != len(parts["anchors"]):
             counts = [len(part) for part in parts.values()]
             other = "mgvq_codes" if mgvq_pixel_values is None else "mgvq_pixel_values"
             raise ValueError(f"pixel_values hold {counts[0]} images and {other} {counts[1]}; wanted the same ones in both")
         order = ("patches", "anchors") if config.fusion == "post" else ("anchors", "patches")
         return torch.cat([parts[name] for name in order if name in parts], 1)
+
+    def _vision_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [images, patches, h], and CLS's attention to them [images, patches] where anchors are chosen by it."""
+        watch = self.config.anchor_source == "topk_attention"
+        seen = self.vision_tower(pixel_values, output_hidden_states=watch)
+        with torch.no_grad():
+            attention = attention_in_clip(self.vision_tower.encoder.layers[-1], seen.hidden_states[-2]) if watch else None
+        return seen.last_hidden_state[:, 1:], attention
 
     def _check_pixels(self, name: str, pixels: Tensor | None, side: int) -> None:
         if pixels is None:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from htc_megatron.hf.anchors_htc_vlm import attention_of_cls
 from htc_megatron.model.attention_plan import AttentionPlan, CausalSegments, plan_attention
 from htc_megatron.model.layout import SequenceLayout
 from htc_megatron.model.mask import MaskRule, dense_mask
@@ -274,14 +276,22 @@ class LayoutAttention(nn.Module):
 
 
 class FullAttention(nn.Module):
-    """Core attention of the vision tower: every token sees every token of its image."""
+    """Core attention of the vision tower: every token sees every token of its image.
+
+    watch: leave in `of_cls` what the first token attends to, without a graph, summed over all heads: [b, s - 1] fp32.
+    """
 
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", softmax_scale=None, **_):
         super().__init__()
         self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
+        self.watch, self.of_cls = False, None
 
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None) -> Tensor:
         """query, key, value: [s, b, heads, d] -> [s, b, heads * d]."""
         s, b, heads, d = query.shape
+        if self.watch:
+            with torch.no_grad():
+                mine = attention_of_cls(query[0], key.permute(1, 2, 0, 3), self.scale)
+                self.of_cls = reduce_from_tensor_model_parallel_region(mine.contiguous())  # else the sum goes into a copy
         out = F.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), scale=self.scale)
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)

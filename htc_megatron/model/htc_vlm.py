@@ -36,6 +36,7 @@ class HTCVLM(nn.Module):
         self.image = ImageShape.from_config(model)
         self.attention = parallel.attention
         self.shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        self.needs_pixels, self.needs_codes = model.has_tower, model.has_mgvq
         self.pixel_shape = (3, model.vision.image_size, model.vision.image_size)
         self.code_shape = (model.mgvq.grid**2, model.mgvq.groups)
         self.vocab_size = model.backbone.vocab_size
@@ -171,9 +172,9 @@ class HTCVLM(nn.Module):
             return (given if count else blank).to(self.device)
 
         pixels = codes = None
-        if self.image.num_patches:
+        if self.needs_pixels:
             pixels = pick("pixel_values", batch.num_tower_images, batch.pixel_values, torch.zeros(1, *self.pixel_shape))
-        if self.image.num_anchors:
+        if self.needs_codes:
             codes = pick("codes", batch.layout.num_images, batch.codes, torch.zeros(1, *self.code_shape, dtype=torch.int16))
         return pixels, codes
 

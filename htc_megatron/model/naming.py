@@ -20,12 +20,12 @@ class Entry(NamedTuple):
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, not on norms, biases, embeddings or the voco row.
+    """Whether weight decay acts on a parameter: on matrices, not on norms, biases, embeddings, the voco row or queries.
 
     Adapters are matrices: they decay as under transformers' Trainer, where peft leaves the choice.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a cut parameter with shape [0]
-    tables = ("position_embedding", "word_embeddings", "output_layer", "frontend.voco")
+    tables = ("position_embedding", "word_embeddings", "output_layer", "frontend.voco", "resampler.queries")
     return name.startswith("idle_decayed") or (len(shape) > 1 and not any(table in name for table in tables))
 
 

@@ -81,14 +81,25 @@ def tower_operations(vision: VisionConfig, images: float) -> float:
 def frontend_operations(model: ModelConfig, images: float) -> dict[str, float]:
     """The parts that come before the backbone, by the names `training.freeze` has for them; those this model has."""
     found, method, hidden = {}, model.method, model.backbone.hidden_size
-    if method.channels != "discrete":
+    if model.has_tower:
         found["vision"] = tower_operations(model.vision, images)
         widths = model.vision.hidden_size * hidden + (hidden**2 if method.projector == "mlp2x_gelu" else 0)
-        found["projector"] = 2.0 * images * model.vision.num_patches * widths
-    if method.channels != "continuous":
-        widths = model.mgvq.flat_size * method.anchor_hidden_size + method.anchor_hidden_size * method.num_anchors * hidden
+        projected = model.num_patches if model.has_qformer else model.vision.num_patches
+        found["projector"] = 2.0 * images * projected * widths
+    if model.has_qformer:
+        found["resampler"] = qformer_operations(model, images)
+    if model.num_anchors:
+        widths = model.anchor_inputs * method.anchor_hidden_size + method.anchor_hidden_size * method.num_anchors * hidden
         found["anchors"] = 2.0 * images * widths
     return found
+
+
+def qformer_operations(model: ModelConfig, images: float) -> float:
+    """The Q-Former."""
+    width, queries, features = model.vision.hidden_size, model.method.num_resampled_tokens, model.vision.num_patches
+    of_queries = 6 * width**2 + 2 * width * model.vision.ffn_hidden_size  # all linears but the keys and values of the features
+    linears = queries * of_queries + features * 2 * width**2
+    return images * model.method.resampler_layers * (2 * linears + 4 * width * queries * (queries + features))
 
 
 def adapter_operations(model: ModelConfig, rows: float) -> float:
@@ -102,18 +113,20 @@ def backward_factors(model: ModelConfig, freeze: Sequence[str]) -> dict[str, int
     """Backward's operations for each one of forward, by part; `adapters` are those of LoRA.
 
     2 where weights and inputs get gradients, 1 where gradients are only passed on to something trained behind, else 0. The
-    tower and the anchors pass none on to what comes before them; they are counted as 2 all the same, as usual.
+    tower, and anchors of MGVQ's codes, pass none on to what comes before them; they are counted as 2 all the same, as usual.
     """
     frozen = set(freeze)
-    behind = {"vision", "projector", "anchors", "voco"} - frozen
+    queries = {"resampler"} if model.has_qformer else set()
+    behind = ({"vision", "projector", "anchors", "voco"} | queries) - frozen
 
     def factor(part: str, passes_on: bool) -> int:
         return 2 if part not in frozen else int(passes_on)
 
     return {
         "backbone": factor("backbone", bool(behind or model.lora.rank)),
-        "projector": factor("projector", "vision" not in frozen),
+        "projector": factor("projector", bool((queries | {"vision"}) - frozen)),
+        "resampler": factor("resampler", "vision" not in frozen),
         "vision": factor("vision", False),
-        "anchors": factor("anchors", False),
+        "anchors": factor("anchors", model.has_tower and not model.has_mgvq and "vision" not in frozen),
         "adapters": 2,
     }

@@ -12,10 +12,10 @@ from htc_megatron.model.layers import LayerNorm, vision_spec
 class ClipVisionTower(nn.Module):
     """Pixels -> patch features: CLIP's embeddings, pre-norm and layers, without a post-norm and without CLS.
 
-    With 23 of ViT-L/14's 24 layers the output is LLaVA's `hidden_states[-2][:, 1:]`.
+    With 23 of ViT-L/14's 24 layers the output is LLaVA's `hidden_states[-2][:, 1:]`. watch: note CLS's attention in the last layer.
     """
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig):
+    def __init__(self, vision: VisionConfig, config: TransformerConfig, watch: bool = False):
         super().__init__()
         dtype = config.params_dtype
         self.patch_embedding = nn.Conv2d(3, vision.hidden_size, vision.patch_size, vision.patch_size, bias=False, dtype=dtype)
@@ -23,6 +23,7 @@ class ClipVisionTower(nn.Module):
         self.position_embedding = nn.Embedding(vision.num_patches + 1, vision.hidden_size, dtype=dtype)
         self.pre_layernorm = LayerNorm(config, vision.hidden_size, vision.norm_epsilon)
         self.encoder = TransformerBlock(config, vision_spec(vision.num_layers), post_layer_norm=False)
+        self.encoder.layers[-1].self_attention.core_attention.watch = watch
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, side, side] -> [patches, images, hidden_size]."""
@@ -32,3 +33,8 @@ class ClipVisionTower(nn.Module):
         tokens = torch.cat([cls, patches.transpose(1, 2)], 1) + self.position_embedding(positions)
         hidden = self.pre_layernorm(tokens).transpose(0, 1).contiguous()  # [patches + 1, images, h]
         return self.encoder(hidden_states=hidden, attention_mask=None)[1:]
+
+    @property
+    def cls_attention(self) -> Tensor | None:
+        """CLS's attention to the patches of the images seen last, summed over heads, the same on every TP rank: [images, patches]."""
+        return self.encoder.layers[-1].self_attention.core_attention.of_cls

@@ -25,10 +25,17 @@ from htc_megatron.training.logger import Logger
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
 from htc_megatron.training.tower_features import TowerFeatures
-from htc_megatron.weights.table import is_adapter
+from htc_megatron.weights.table import ADAPTER, component
 
 # What a checkpoint's `extra` calls the data that its step number is a place in, and the packer of the rows that steps are made of
 DATA, PACKING = "data_fingerprint", "packer"
+MAY_BE_NEW = (ADAPTER, "voco")  # parts that a run may add to the weights it starts from
+
+
+def _new_part(name: str) -> str:
+    """The part that a weight belongs to, if it may be new."""
+    part = component(name)
+    return part if part in MAY_BE_NEW else ""
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +53,7 @@ def check_files(config: RunConfig) -> None:
     if not config.data.validation and config.training.eval_interval:
         interval = config.training.eval_interval
         raise ConfigError(f"training.eval_interval is {interval}, but data.validation is empty: name prepared data or set 0")
-    if config.model.method.channels != "continuous":
+    if config.model.has_mgvq:
         if not config.mgvq_checkpoint:
             channels = config.model.method.channels
             raise ConfigError(f"mgvq_checkpoint is empty, but channels {channels!r} needs MGVQ's codebook: name its file")
@@ -95,13 +102,14 @@ class Trainer:
     def __init__(self, config: RunConfig, zero: dict, groups: Groups):
         self.config, self.groups = config, groups
         codebook = None
-        if groups.first_stage and config.model.method.channels != "continuous":
+        if groups.first_stage and config.model.has_mgvq:
             codebook = load_codebook(config.mgvq_checkpoint, config.model.mgvq)
         self.engine = build_engine(config, zero, groups, codebook)
         self.state = checkpoint_state(self.engine, config)
         self.folder = Path(config.output_dir) / "checkpoints"
+        self.saved: Path | None = None  # the last complete checkpoint
+        self.new_parts: tuple[str, ...] = ()  # what init_from was without
         self.step_number = self._start()
-        self.saved = latest(self.folder) if self.step_number else None  # the last complete checkpoint
         self.pending: PendingSave | None = None
         self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
         self.buffers = HostBuffers()
@@ -116,6 +124,8 @@ class Trainer:
             self.validation = ValidationLoader(config, data.validation, *place, config.training.eval_iters, cache)
         peak = peak_flops(groups.device, next(self.engine.module.parameters()).dtype)
         self.logger = Logger(config, groups, self.step_number, peak, self.engine.clock)
+        for part in self.new_parts:
+            self.logger.say(f"init_from: {config.init_from} has no {part}, which begins as drawn from training.seed")
         if groups.pp_size > 1:
             micro_batches = config.training.global_batch_size // config.training.micro_batch_size // groups.dp_size
             self.logger.say(describe_stages(config, micro_batches))
@@ -132,10 +142,12 @@ class Trainer:
             check_same_data(loaded, PreparedData(config.data.train))
             if loaded.rng is not None:
                 set_rng_state(loaded.rng)
+            self.saved = found
             return loaded.step
         if config.init_from:
-            # weights must fit, adapters may be new; mask and fusion may differ between stages
-            start = load(config.init_from, self.state, optimizer=False, may_lack=is_adapter)
+            # weights must fit, some parts may be new; mask and fusion may differ between stages
+            start = load(config.init_from, self.state, optimizer=False, may_lack=_new_part)
+            self.new_parts = start.lacking
             saved, alpha = start.config.model.lora, config.model.lora.alpha
             if saved.rank and saved.alpha != alpha:
                 raise ConfigError(
@@ -144,7 +156,7 @@ class Trainer:
         return 0
 
     def run(self) -> Path:
-        """Train to the last step. Returns the last checkpoint's folder."""
+        """Train to the last step; without steps, save what the run starts from. Returns the last checkpoint's folder."""
         training, optimizer = self.config.training, self.config.optimizer
         epoch = self.loader.epoch
         self.logger.say(f"data: epoch {epoch + 1} has {self._report_epoch()}")
@@ -177,6 +189,8 @@ class Trainer:
                     self._evaluate()
                 if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
                     self.save()
+            if not training.train_iters and self.config.init_from and self.saved is None:
+                self.save()  # what the run starts from, as it is under this run's model section
             if self.features is not None:
                 self._report_features(*self.features.totals())
             self.logger.say(f"waited for data {self.logger.waited:.2%} of the time since the first step, on the rank that waited most")

@@ -28,7 +28,7 @@ STORED = "stored"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MGVQ_PREFIX, LM_HEAD = "model.mgvq.", "lm_head.weight"
 EMBEDDING, VOCO, CODEBOOK = "backbone.embedding.word_embeddings.weight", "frontend.voco.weight", "frontend.codebook.weight"
-CODE_PARTS = ("cache", "configuration", "generation", "image", "mask", "modeling", "processing")
+CODE_PARTS = ("anchors", "cache", "configuration", "generation", "image", "mask", "modeling", "processing", "resampler")
 CODE_FILES = (*(f"{part}_htc_vlm" for part in CODE_PARTS), "modeling_mgvq")
 AUTO_CONFIG = {  # in config.json; the processor's file gets its own from register_for_auto_class
     "AutoConfig": "configuration_htc_vlm.HTCVLMConfig",
@@ -98,7 +98,7 @@ def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[s
     """Name and tensor of everything in the export, one weight in memory at a time.
 
     tensor: the stored global form of a weight by its global name. mgvq: state dict of the frozen encoder and quantiser, needed
-    unless channels is continuous; its codebook must be the one that the model was trained with. Raises ConfigError.
+    where anchors are MGVQ's; its codebook must be the one that the model was trained with. Raises ConfigError.
     """
     table = {weight.name: weight for weight in weights(model)}
     for weight in base_weights(model):
@@ -115,7 +115,7 @@ def hf_tensors(model: ModelConfig, tensor: Callable[[str], Tensor], mgvq: dict[s
         if weight.name == CODEBOOK:
             value = _codebook(value, mgvq)
         yield from to_hf(weight, value).items()
-    if model.method.channels != "continuous":
+    if model.has_mgvq:
         for name, value in (mgvq or {}).items():
             if name != "quantize.embedding.weight":
                 yield MGVQ_PREFIX + name, value
@@ -188,7 +188,7 @@ def export(
     out, kind_of = check_export(reader, out, dtype)
     words = export_tokenizer(tokenizer or config.tokenizer, model.method.voco_token_id, model.backbone.vocab_size)
     frozen = None
-    if model.method.channels != "continuous":
+    if model.has_mgvq:
         path = mgvq or config.mgvq_checkpoint
         if not path:
             raise ConfigError("the model has a discrete channel, so the export needs the MGVQ file that its codes were made with (--mgvq)")
@@ -277,7 +277,8 @@ def _write_settings(folder: Path, settings: HTCVLMConfig, tokenizer: PreTrainedT
     settings.auto_map = dict(AUTO_CONFIG)
     settings.save_pretrained(folder)
     GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **special).save_pretrained(folder)
-    images = HTCVLMImageProcessor(settings.vision_config.image_size, settings.mgvq_config["image_size"], settings.channels)
+    pixels = settings.channels if settings.has_mgvq else "continuous"  # which of both kinds the model takes
+    images = HTCVLMImageProcessor(settings.vision_config.image_size, settings.mgvq_config["image_size"], pixels)
     template = vicuna_template(system)
     processor = HTCVLMProcessor(images, tokenizer, chat_template=template, num_image_tokens=settings.image_seq_length)
     processor.save_pretrained(folder)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
-from htc_megatron.config import ConfigError, LoraTarget
+from htc_megatron.config import ConfigError, LoraTarget, MethodConfig
 from htc_megatron.weights.sources import Source, open_source, read_json
 from htc_megatron.weights.table import ADAPTER
 
@@ -21,6 +21,7 @@ LLM, HEAD, VIT, PROJECTOR = "model.language_model.", "lm_head.", "model.vision_t
 PARTS = {  # what a source may bring, by the prefix of its tensors in the export
     "backbone": (LLM, HEAD),
     "vision": (VIT,),
+    "resampler": ("model.resampler.",),
     "projector": (PROJECTOR,),
     "anchors": ("model.anchors.",),
     "mgvq": ("model.mgvq.",),
@@ -48,7 +49,8 @@ VISION_FIELDS = {
     "norm_epsilon": "layer_norm_eps",
 }
 METHOD_FIELDS = (  # named alike in MethodConfig and HTCVLMConfig
-    "channels", "num_anchors", "anchor_hidden_size", "projector", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees",
+    "channels", "num_anchors", "anchor_hidden_size", "anchor_source", "anchor_seed", "projector", "resampler", "num_resampled_tokens",
+    "resampler_layers", "fusion", "num_voco_tokens", "mask", "image_sees", "text_sees",
 )  # fmt: skip
 Sizes = dict[str, dict[str, Any]]  # values of ModelConfig's sections, as far as a source knows them
 
@@ -193,7 +195,8 @@ def _llava_llama_sizes(path: Path, config: dict[str, Any]) -> Sizes:
 
 def _htc_sizes(path: Path, config: dict[str, Any]) -> Sizes:
     text, vision = config["text_config"], config["vision_config"]
-    sizes: Sizes = {"backbone": _text(path, _read(path, text)), "method": {name: config[name] for name in METHOD_FIELDS}}
+    chosen = {name: config.get(name, getattr(MethodConfig, name)) for name in METHOD_FIELDS}  # an older export had but the default
+    sizes: Sizes = {"backbone": _text(path, _read(path, text)), "method": chosen}
     sizes["method"]["voco_token_id"] = config["image_token_id"]
     if config["channels"] != "discrete":
         sizes["vision"] = _vision(path, _read(path, vision), -1)

@@ -32,7 +32,7 @@ from htc_megatron.weights.table import ADAPTER, Weight, component, weights
 OUTPUT = "backbone.output_layer.weight"
 EMBEDDING_NAME, OUTPUT_NAME = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ANCHORS_OUT = "frontend.anchors.fc2."
-NEW_BY_NATURE = ("projector", "anchors", "voco", ADAPTER)  # what the method adds to a language model and a tower
+NEW_BY_NATURE = ("resampler", "projector", "anchors", "voco", ADAPTER)  # what the method adds to a language model and a tower
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ HEAD = """\
 Made from the table in `table.py` by `python tools/convert.py table`. A checkpoint stores each weight once, whole, under its
 global name; tensor parallelism cuts it by its rule; the export has the tensors on the right. `{i}` counts layers.
 
-Sizes: H, F, V hidden size, MLP width and vocabulary of the backbone, QKV its fused heads; h, f of the tower, P its positions
-(patches and CLS), p its patch; A, D width and output of the anchors' projector, q flat latents; C, c rows and columns of the
-codebook.
+Sizes: H, F, V hidden size, MLP width and vocabulary of the backbone, QKV its fused heads; h, f of the tower and the Q-Former, P its
+positions (patches and CLS), p its patch; M queries; A, D width and output of the anchors' projector, q its input (MGVQ's flat latents,
+or chosen features); C, c rows and columns of the codebook.
 
 | weight | shape | rule | in the export |
 | --- | --- | --- | --- |

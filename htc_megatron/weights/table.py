@@ -18,18 +18,48 @@ Rule = Literal["replicated", "column", "row", "vocab", "qkv", "gated", "stacked"
 # {i} is the global layer number; {x} runs over the Hugging Face linears in one of ours (LINEARS), in an adapter's row over
 # those that are targets: n of them.
 # Sizes: H, F, V hidden, MLP and vocabulary size of the backbone, QKV the heads of a row's linears, R an adapter's rank;
-# h, f of the tower, P its positions (patches and CLS), p its patch; A, D width and output of the anchors' projector,
-# q flat latents; C, c codebook rows and columns.
+# h, f of the tower and the Q-Former, P its positions (patches and CLS), p its patch; M queries; A, D width and output of the
+# anchors' projector, q its input; C, c codebook rows and columns.
 _VIS, _VIT, _LLM = "frontend.vision.", "model.vision_tower.", "model.language_model."
+_RES = "frontend.resampler."
 _VIS_I, _VIT_I = _VIS + "encoder.layers.{i}.", _VIT + "encoder.layers.{i}."
 _DEC_I, _LLM_I = "backbone.decoder.layers.{i}.", _LLM + "layers.{i}."
+
+
+def _norm_rows(name: str) -> list[tuple[str, str, Rule]]:
+    return [(f"{name}.weight", "h", "replicated"), (f"{name}.bias", "h", "replicated")]
+
+
+def _linear_rows(name: str, outputs: str, inputs: str, rule: Rule) -> list[tuple[str, str, Rule]]:
+    return [(f"{name}.weight", f"{outputs} {inputs}", rule), (f"{name}.bias", outputs, rule if rule == "column" else "replicated")]
+
+
+# Name, shape and rule of the Q-Former's weights, which are named alike in the export.
+_QFORMER = [
+    ("queries", "M h", "replicated"),
+    *_norm_rows("input_layernorm"),
+    *(
+        row
+        for name in ("self_attention", "cross_attention")
+        for row in (
+            *_norm_rows(f"layers.{{i}}.{name}.layernorm"),
+            *(row for x in ("q_proj", "k_proj", "v_proj") for row in _linear_rows(f"layers.{{i}}.{name}.{x}", "h", "h", "column")),
+            *_linear_rows(f"layers.{{i}}.{name}.out_proj", "h", "h", "row"),
+        )
+    ),
+    *_norm_rows("layers.{i}.mlp.layernorm"),
+    *_linear_rows("layers.{i}.mlp.fc1", "f", "h", "column"),
+    *_linear_rows("layers.{i}.mlp.fc2", "h", "f", "row"),
+    *_norm_rows("final_layernorm"),
+]
 TABLE: tuple[tuple[str, str, Rule, str, str], ...] = (
     ("frontend.voco.weight", "1 H", "replicated", "", "voco"),  # in the export: row voco_token_id of embed_tokens
-    ("frontend.codebook.weight", "C c", "replicated", "model.mgvq.quantize.embedding.weight", "discrete"),
+    ("frontend.codebook.weight", "C c", "replicated", "model.mgvq.quantize.embedding.weight", "mgvq"),
     ("frontend.anchors.fc1.weight", "A q", "column", "model.anchors.fc1.weight", "discrete"),
     ("frontend.anchors.fc1.bias", "A", "column", "model.anchors.fc1.bias", "discrete"),
     ("frontend.anchors.fc2.weight", "D A", "row", "model.anchors.fc2.weight", "discrete"),
     ("frontend.anchors.fc2.bias", "D", "replicated", "model.anchors.fc2.bias", "discrete"),
+    *((_RES + name, shape, rule, "model.resampler." + name, "qformer") for name, shape, rule in _QFORMER),
     ("frontend.projector.fc1.weight", "H h", "column", "model.projector.fc1.weight", "continuous"),
     ("frontend.projector.fc1.bias", "H", "column", "model.projector.fc1.bias", "continuous"),
     ("frontend.projector.fc2.weight", "H H", "row", "model.projector.fc2.weight", "mlp"),
@@ -83,6 +113,7 @@ LINEARS = {
 # which is frozen always, may be named in `training.freeze`.
 COMPONENTS = {
     "vision": "frontend.vision.",
+    "resampler": _RES,
     "projector": "frontend.projector.",
     "anchors": "frontend.anchors.",
     "voco": "frontend.voco.",
@@ -190,13 +221,14 @@ def partition(weight: Weight, tp_rank: int = 0, tp_size: int = 1) -> Partition:
 def weights(model: ModelConfig) -> list[Weight]:
     """Every weight a model of this configuration holds, frozen ones included, in the table's order."""
     method, bb, vision, mgvq, lora = model.method, model.backbone, model.vision, model.mgvq, model.lora
-    continuous, discrete = method.channels != "discrete", method.channels != "continuous"
     present = {
         "": True,
         "voco": method.num_voco_tokens > 0,
-        "discrete": discrete,
-        "continuous": continuous,
-        "mlp": continuous and method.projector == "mlp2x_gelu",
+        "discrete": method.channels != "continuous",
+        "mgvq": model.has_mgvq,
+        "continuous": model.has_tower,
+        "qformer": model.has_qformer,
+        "mlp": model.has_tower and method.projector == "mlp2x_gelu",
         "qkv_bias": bb.qkv_bias,
         "untied": not bb.tie_word_embeddings,
         "lora": lora.rank > 0,
@@ -204,13 +236,14 @@ def weights(model: ModelConfig) -> list[Weight]:
     head_dim = bb.hidden_size // bb.num_attention_heads
     sizes = {"H": bb.hidden_size, "F": bb.ffn_hidden_size, "V": bb.vocab_size, "R": lora.rank}
     sizes |= {"h": vision.hidden_size, "3h": 3 * vision.hidden_size, "f": vision.ffn_hidden_size}
-    sizes |= {"P": vision.num_patches + 1, "p": vision.patch_size}
-    sizes |= {"A": method.anchor_hidden_size, "D": method.num_anchors * bb.hidden_size, "q": mgvq.flat_size}
+    sizes |= {"P": vision.num_patches + 1, "p": vision.patch_size, "M": method.num_resampled_tokens}
+    sizes |= {"A": method.anchor_hidden_size, "D": method.num_anchors * bb.hidden_size, "q": model.anchor_inputs}
     sizes |= {"C": mgvq.codebook_size, "c": mgvq.group_channels}
     heads = {
         _VIS: (vision.num_attention_heads, 1, vision.hidden_size // vision.num_attention_heads),
         "backbone.": (bb.num_query_groups, bb.num_attention_heads // bb.num_query_groups, head_dim),
     }
+    depths = {_VIS: vision.num_layers, _RES: method.resampler_layers, "backbone.": bb.num_layers}
     found = []
     for name, symbols, rule, hf, condition in TABLE:
         linears = _linears(name, hf)
@@ -221,7 +254,7 @@ def weights(model: ModelConfig) -> list[Weight]:
             linears, targets = targets, ()
         elif not name.startswith("backbone.") or not name.endswith(".weight"):
             targets = ()
-        layers = (vision.num_layers if name.startswith(_VIS) else bb.num_layers) if "{i}" in name else 1
+        layers = next(depth for key, depth in depths.items() if name.startswith(key)) if "{i}" in name else 1
         rows = {"n": len(linears), "QKV": head_dim * sum(bb.num_attention_heads if x == "q_proj" else bb.num_query_groups for x in linears)}
         shape = tuple(int(s) if s.isdigit() else (sizes | rows)[s] for s in symbols.split())
         qkv = next(value for key, value in heads.items() if name.startswith(key)) if rule == "qkv" else (0, 0, 0)
