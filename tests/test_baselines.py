@@ -18,6 +18,7 @@ from htc_megatron.checkpoint import CheckpointReader
 from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, load_config
 from htc_megatron.data.tokenizer import load_tokenizer
+from htc_megatron.evaluation.compare import compare_logits, open_model
 from htc_megatron.hf.anchors_htc_vlm import anchor_features, anchor_weights, attention_in_clip, random_positions
 from htc_megatron.hf.resampler_htc_vlm import QFormer, average_tokens
 from htc_megatron.inference import ask, load
@@ -250,6 +251,10 @@ def test_from_data_without_codes_to_an_answer(ranks, run, tmp_path, row):
     assert [step for step, *_ in ranks(4).run(train, str(path), settings)[0]] == [1, 2]
     assert [step for step, *_ in ranks(4).run(train, str(path), [*settings, "training.train_iters=3"])[0]] == [3]
     assert isinstance(answered(tmp_path / "run" / "checkpoints", tmp_path / "hf"), str)
+    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    models = (open_model(tmp_path / "run" / "checkpoints"), open_model(tmp_path / "hf"))
+    greatest, _, seen = compare_logits(*models, picture)
+    assert greatest < 1e-4 and seen
 
 
 def test_the_lower_bound_is_the_upper_one_under_another_mask(ranks, run, tmp_path):

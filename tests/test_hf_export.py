@@ -201,6 +201,7 @@ def test_attention_is_a_share_of_one(exported, tmp_path):
     assert found.uniform_share == 2 / 6
     draw(found, pictures[0], tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 1000
+    draw(replace(found, patch_weights=[layer[:3] for layer in found.patch_weights]), pictures[0], tmp_path / "three.png")
 
 
 def test_attention_of_one_layer_by_hand(exported):

@@ -3,6 +3,7 @@
 The paper reports that the largest weights fall on the anchors; `anchor_share` against `uniform_share` is that claim in numbers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,8 +117,9 @@ def draw(attention: VocoAttention, image: Any, path: str | Path) -> None:
         axis.set(title=title, xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
     patches = np.array(attention.patch_weights)
     if patches.size:
-        grid = round(patches.shape[1] ** 0.5)
-        shown = pictures[1].imshow(patches.mean(0).reshape(grid, grid), extent=extent, cmap="magma", alpha=0.75)
+        side_tokens = math.isqrt(patches.shape[1])  # a resampler's tokens, which are of no place, lie in one row
+        grid = (side_tokens, side_tokens) if side_tokens**2 == patches.shape[1] else (1, patches.shape[1])
+        shown = pictures[1].imshow(patches.mean(0).reshape(grid), extent=extent, cmap="magma", alpha=0.75)
         figure.colorbar(shown, ax=pictures[1], shrink=0.8)
     pictures[2].bar(range(layers), attention.anchor_share, color="tab:blue", label="anchors")
     pictures[2].axhline(attention.uniform_share, color="tab:red", linestyle="--", label="uniform")

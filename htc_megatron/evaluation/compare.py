@@ -58,10 +58,10 @@ class Checkpoint:
 
     def build(self, mgvq: str | Path | None) -> "Runner":
         frozen = None
-        if self.model.method.channels != "continuous":
+        if self.model.has_mgvq:
             path = mgvq or self.reader.config.mgvq_checkpoint
             if not path:
-                raise ConfigError(f"{self.path} has a discrete channel: name the MGVQ file that its codes were made with (--mgvq)")
+                raise ConfigError(f"{self.path} makes anchors of MGVQ's codes: name the MGVQ file that its codes were made with (--mgvq)")
             frozen = load_mgvq(path, self.model.mgvq, encoder_only=True).state_dict()
         tensors = {name: self.reader.tensor(name).float() for name in self.reader.names}
         return Runner(hf_from_tensors(self.model, tensors, frozen), _htc_image)
@@ -111,7 +111,7 @@ def _htc_image(config: Any, picture: Image.Image) -> tuple[list[int], dict[str, 
     inputs = {}
     if config.channels != "discrete":
         inputs["pixel_values"] = clip_pixels(picture, config.vision_config.image_size)[None]
-    if config.channels != "continuous":
+    if config.has_mgvq:
         inputs["mgvq_pixel_values"] = mgvq_pixels(picture, config.mgvq_config["image_size"])[None]
     return [config.image_token_id] * config.image_seq_length, inputs
 
