@@ -27,8 +27,8 @@ from htc_megatron.config import ConfigError
 from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
-from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore, file_key
+from htc_megatron.onednn import use_onednn
 from htc_megatron.training.flops import peak_flops
 
 MGVQ = {

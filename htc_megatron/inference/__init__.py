@@ -4,13 +4,11 @@ answer.py      questions to answers, images from pixels or from a store
 likelihood.py  how likely given answers are
 store.py       images' keys and values on disk
 compress.py    image files into a store
-products.py    fp32 products on CPU
 """
 
 from htc_megatron.inference.answer import answer, ask, load, require_export
 from htc_megatron.inference.compress import compress_into, image_files
 from htc_megatron.inference.likelihood import Likelihood, likelihoods
-from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
 
 __all__ = [
@@ -23,5 +21,4 @@ __all__ = [
     "likelihoods",
     "load",
     "require_export",
-    "use_onednn",
 ]

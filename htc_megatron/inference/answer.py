@@ -13,8 +13,8 @@ from htc_megatron.hf.cache_htc_vlm import VocoCache
 from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
-from htc_megatron.inference.products import use_onednn
 from htc_megatron.inference.store import ImageStore
+from htc_megatron.onednn import use_onednn
 
 
 def require_export(folder: str | Path) -> None:
@@ -31,7 +31,7 @@ def require_export(folder: str | Path) -> None:
 def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[HTCVLMForConditionalGeneration, HTCVLMProcessor]:
     """Model, in eval mode, and processor of an exported folder, by this package's code and not by the folder's copy.
 
-    On CPU fp32 products are oneDNN's where torch has it (products.py), which round otherwise than torch's own.
+    On CPU fp32 products are oneDNN's where torch has it (onednn.py), which round otherwise than torch's own.
     Raises ConfigError where there is no such export.
     """
     require_export(folder)

@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 import torch
 
+from htc_megatron import onednn
+
 READ_FROM = {"megatron-core": "0.16.1", "deepspeed": "0.19.8"}
 
 
@@ -67,6 +69,31 @@ def megatron_on_cpu() -> None:
     _must_have(mcore_random, "_set_cuda_rng_state", "_get_cuda_rng_state")
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     mcore_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+
+
+def products_by_onednn() -> None:
+    """On CPU, have megatron-core's linears multiply as onednn.py does, where they exchange nothing in between: torch.matmul stands in
+    the middle of an autograd function of theirs. Elsewhere, and for what that function does beside, it stays theirs."""
+    if torch.cuda.is_available() or not onednn.AVAILABLE:
+        return
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    for kind in (ColumnParallelLinear, RowParallelLinear):
+        _must_have(kind, "_forward_impl")
+        if not hasattr(kind._forward_impl, "htc_onednn"):
+            kind._forward_impl = _by_onednn(kind._forward_impl)
+
+
+def _by_onednn(theirs: Callable) -> Callable:
+    def multiply(self, input, weight, bias, **rest):
+        beside = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
+        if not weight.requires_grad or not onednn.serves(input, weight) or any(rest[name] not in (None, False) for name in beside):
+            return theirs(self, input, weight, bias=bias, **rest)
+        output = onednn.Product.apply(input, weight)
+        return output if bias is None else output + bias
+
+    multiply.htc_onednn = True
+    return multiply
 
 
 def deepspeed_without_shm_op() -> None:

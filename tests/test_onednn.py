@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from htc_megatron.inference.products import OneDnnLinear, available, use_onednn
+from htc_megatron.onednn import AVAILABLE, OneDnnLinear, Product, use_onednn
 
-pytestmark = pytest.mark.skipif(not available(), reason="this torch has no oneDNN linear")
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch has no oneDNN linear")
 
 
 def pair(dtype=torch.float32, bias=True) -> tuple[nn.Linear, nn.Linear]:
@@ -54,3 +54,13 @@ def test_only_plain_linears_change():
     model = use_onednn(nn.Sequential(Own(2, 2), nn.Linear(2, 2), nn.ReLU()))
     assert [type(module) for module in model] == [Own, OneDnnLinear, nn.ReLU]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("shape", [(5, 96), (4, 1, 96)])
+def test_gradients_of_a_product(shape):
+    rows, weight = torch.randn(shape, requires_grad=True), torch.randn(40, 96, requires_grad=True)
+    onto = torch.randn(*shape[:-1], 40)
+    wanted = torch.autograd.grad(nn.functional.linear(rows, weight), (rows, weight), onto)
+    found = torch.autograd.grad(Product.apply(rows, weight), (rows, weight), onto)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
