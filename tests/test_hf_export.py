@@ -231,7 +231,17 @@ def test_tools_answer_and_draw(exported, tmp_path):
     drawn = tool("attention_map.py", folder, "--image", picture, "--out", tmp_path / "deep" / "a.png")
     assert drawn.status == 0, drawn.error
     assert "uniform: 0.333" in drawn.out
-    assert len(json.loads((tmp_path / "deep" / "a.json").read_text())["anchor_share"]) == 2
+    one = json.loads((tmp_path / "deep" / "a.json").read_text())
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((13, 13), 80).save(tmp_path / "pictures" / "other.png")
+    for given, name in (([tmp_path / "pictures"], "b"), ([picture, tmp_path / "pictures"], "c")):
+        images = [word for path in given for word in ("--image", path)]
+        assert tool("attention_map.py", folder, *images, "--out", tmp_path / f"{name}.png").status == 0
+    other, both = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "bc")
+    assert (one["num_images"], both["num_images"]) == (1, 2)
+    first, second, mean = (torch.tensor(found["visual_share"]) for found in (one, other, both))
+    assert len(mean) == 2 and not torch.equal(first, second)
+    torch.testing.assert_close(mean, (first + second) / 2)
 
 
 def test_the_tool_takes_the_system_prompt_of_the_data(exported, tmp_path):
@@ -259,6 +269,7 @@ def test_the_tool_takes_the_system_prompt_of_the_data(exported, tmp_path):
         ("ask.py", ["{model}", "<image> what?"], "has 1 <image>, but 0 images"),
         ("attention_map.py", ["{model}", "--image", "{model}/config.json", "--out", "{tmp}/a.png"], "not an image"),
         ("attention_map.py", ["{model}", "--image", "{picture}", "--out", "{tmp}/a.jpg"], "ends in .png"),
+        ("attention_map.py", ["{model}", "--image", "{tmp}", "--out", "{tmp}/a.png"], "no image was found"),
     ],
 )
 def test_tools_refuse_in_one_sentence(exported, tmp_path, name, arguments, sentence):

@@ -4,18 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from htc_megatron.config import ConfigError
-from htc_megatron.data.images import BadImage, open_image
-from htc_megatron.inference import ImageStore, ask, load
-
-
-def picture(path: str) -> Image.Image:
-    try:
-        return open_image(Path(path).read_bytes())
-    except (OSError, BadImage) as error:
-        raise ConfigError(f"picture {path}: {error}") from None
+from htc_megatron.inference import ImageStore, ask, load, read_image
 
 
 def main() -> None:
@@ -28,7 +18,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     try:
-        images = list(map(Path, a.image)) if a.store else [picture(path) for path in a.image]
+        images = list(map(Path if a.store else read_image, a.image))
         model, processor = load(a.model, device=a.device)
         store = ImageStore(a.store, model, processor.image_processor) if a.store else None
         print(ask(model, processor, images, a.question, a.max_new_tokens, store))

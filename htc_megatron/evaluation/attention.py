@@ -4,7 +4,7 @@ The paper reports that the largest weights fall on the anchors; `anchor_share` a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.mask_htc_vlm import VOCO
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMProcessor, open_image
-from htc_megatron.inference.answer import prompt
+from htc_megatron.inference.answer import beginning
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,30 @@ class VocoAttention:
 
 
 @torch.no_grad()
-def voco_attention(model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any]) -> VocoAttention:
-    """Attention over each of `images` behind the chat template's beginning. Raises ConfigError where there is nothing to see."""
+def voco_attention(model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Iterable[Any]) -> VocoAttention:
+    """Attention over each of `images`, taken one at a time, behind the chat template's beginning.
+
+    Raises ConfigError where there is nothing to see.
+    """
     config = model.config
     if not config.num_voco_tokens:
         raise ConfigError("the model has no voco tokens (num_voco_tokens 0), so there is no attention of theirs to draw")
-    if not images:
-        raise ConfigError("no image was given; wanted at least one")
-    begun = processor.encode(prompt(processor, "?"))
-    begun = begun[: len(begun) - begun[::-1].index(processor.image_token_id)]
-    ids = torch.tensor([begun], device=model.device)
+    ids = torch.tensor([beginning(processor)], device=model.device)
     before = config._attn_implementation
     model.set_attn_implementation("eager")  # fused kernels do not tell their weights
+    count, total = 0, torch.zeros(())
     try:
-        rows = [_rows(model, ids, processor.image_processor.preprocess([image])) for image in images]
+        for image in images:
+            count, total = count + 1, total + _rows(model, ids, processor.image_processor.preprocess([image]))
     finally:
         model.set_attn_implementation(before)
-    weights = torch.stack(rows).mean(0)  # [layers, heads, N]
-    anchors, patches = _parts(config, weights)
+    if not count:
+        raise ConfigError("no image was given; wanted at least one")
+    weights = total / count  # [layers, heads, N]
+    anchors, patches = split_visual(config, weights)
     share = anchors.sum(-1) / weights.sum(-1)
     return VocoAttention(
-        num_images=len(images),
+        num_images=count,
         anchor_weights=anchors.tolist(),
         patch_weights=patches.mean(1).tolist(),
         anchor_share=(anchors.sum((1, 2)) / weights.sum((1, 2))).tolist(),
@@ -83,13 +86,13 @@ def _rows(model: HTCVLMForConditionalGeneration, ids: Tensor, pixels: dict[str, 
     return torch.stack([layer[0][:, voco][:, :, columns].double().mean(1).cpu() for layer in outputs.attentions])
 
 
-def _parts(config: HTCVLMConfig, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """V_hy's weights [..., N] as those of the anchors and those of the patches."""
+def split_visual(config: HTCVLMConfig, visual: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """What there is one of for each of V_hy's N along `dim`, as that of the anchors and that of the patches."""
     sizes = (config.anchors_per_image, config.patches_per_image)
     if config.fusion == "post":
-        patches, anchors = weights.split(sizes[::-1], dim=-1)
+        patches, anchors = visual.split(sizes[::-1], dim=dim)
     else:
-        anchors, patches = weights.split(sizes, dim=-1)
+        anchors, patches = visual.split(sizes, dim=dim)
     return anchors, patches
 
 

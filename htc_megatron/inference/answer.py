@@ -39,8 +39,8 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     return use_onednn(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def prompt(processor: HTCVLMProcessor, question: str, num_images: int = 1) -> str:
-    """The chat template's prompt for a question behind so many images, or with them where "<image>" in the question says.
+def message(question: str, num_images: int = 1) -> dict[str, Any]:
+    """A user's message to the chat template: a question behind so many images, or with them where "<image>" in it says.
 
     Raises ConfigError where it says it another number of times.
     """
@@ -48,7 +48,18 @@ def prompt(processor: HTCVLMProcessor, question: str, num_images: int = 1) -> st
     if said and said != num_images:
         raise ConfigError(f"the question has {said} {IMAGE_TOKEN}, but {num_images} images were given; wanted as many")
     content = [{"type": "image"}] * (0 if said else num_images) + [{"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return {"role": "user", "content": content}
+
+
+def prompt(processor: HTCVLMProcessor, question: str, num_images: int = 1) -> str:
+    """The chat template's prompt for a question. Raises ConfigError as `message`."""
+    return processor.apply_chat_template([message(question, num_images)], add_generation_prompt=True)
+
+
+def beginning(processor: HTCVLMProcessor) -> list[int]:
+    """Ids of what the chat template says up to a first question's image, which they end in."""
+    ids = processor.encode(prompt(processor, "?"))
+    return ids[: len(ids) - ids[::-1].index(processor.image_token_id)]
 
 
 def answer(
@@ -132,17 +143,17 @@ def _begin(
     ids, mask = _pad([list(row) for _, row in begun], processor, model.device)
     numbers = {image: place for place, image in enumerate(dict.fromkeys(image for named, _ in begun for image in named))}
     places = torch.tensor([numbers[image] for named, _ in begun for image in named])
-    inputs = _inputs(model, processor, [images[image] for image in numbers], store)
+    inputs = image_inputs(model, processor, [images[image] for image in numbers], store)
     if store is None and not why_not_alone(model.config):  # each once, however many beginnings it has
         inputs = {"image_keys_values": model.compress_images(**inputs)}
     inputs = {name: values[places.to(values.device)] for name, values in inputs.items()}
     return model.compress(ids, attention_mask=mask, **inputs), ids, mask
 
 
-def _inputs(
+def image_inputs(
     model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any], store: ImageStore | None
 ) -> dict[str, Tensor]:
-    """What the model takes of images, one a row."""
+    """What the model takes of images, one a row: pixels, or keys and values where they are files in a store."""
     if store is not None:
         return {"image_keys_values": store.load(images)}
     return {name: values.to(model.device) for name, values in processor.image_processor.preprocess(images).items()}
@@ -170,6 +181,6 @@ def ask(
     The images stand in front of the question, unless it says where by "<image>". With a store they are files that are in it.
     """
     ids, mask = _pad([processor.encode(prompt(processor, question, len(images)))], processor, model.device)
-    inputs = _inputs(model, processor, images, store) if images else {}
+    inputs = image_inputs(model, processor, images, store) if images else {}
     made = model.generate(ids, attention_mask=mask, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()

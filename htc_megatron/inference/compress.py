@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
@@ -41,6 +42,14 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
     if not files:
         raise ConfigError("no image was found; wanted files, or folders that hold some")
     return files
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file, decoded. Raises ConfigError where it cannot be."""
+    try:
+        return open_image(Path(path).read_bytes())
+    except (OSError, BadImage) as error:
+        raise ConfigError(f"picture {path}: {error}") from None
 
 
 def compress_into(
