@@ -43,9 +43,9 @@ setup(
         "tqdm",
     ),
     extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
-        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", *LMMS_EVAL, *SERVE),
+        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", "scikit-learn", *LMMS_EVAL, *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
-        "evaluation": pinned("openpyxl"),
+        "evaluation": pinned("openpyxl", "scikit-learn"),
         "lmms-eval": pinned(*LMMS_EVAL),  # and then lmms-eval itself, with --no-deps
         "serve": pinned(*SERVE),
         "mpi": pinned("mpi4py"),

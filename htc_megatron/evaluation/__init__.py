@@ -8,4 +8,5 @@ choices.py      letters of multiple choice; vqa_answers.py has VQA's rules, easy
 lmms_eval_*.py  the model as lmms-eval sees it
 compare.py      two models, tensor by tensor and by their logits
 attention.py    where the voco row looks
+probes.py       what can be read off an image's representations; labels.py has the files that say what is in images
 """

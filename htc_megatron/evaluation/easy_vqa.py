@@ -16,6 +16,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from htc_megatron.config import ConfigError
+from htc_megatron.evaluation.labels import LabelledImage, LabelSet
 
 Split = Literal["train", "test"]
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -75,6 +76,24 @@ def conversations(questions: Iterable[Question], questions_per_sample: int = 1, 
             turns[0]["value"] = f"<image>\n{turns[0]['value']}"
             records.append({"id": f"{image}-{part}", "image": f"{image}.png", "conversations": turns})
     return records
+
+
+def labelled_images() -> LabelSet:
+    """Each image's shape, as a semantic label, and colour, as a detail: what its questions take for granted or affirm."""
+    images = []
+    for split in ("train", "test"):
+        questions, paths = load_questions(split), image_paths(split)
+        colours = {question.answer for question in questions if question.type == "color"}
+        words: list[set[str]] = [set() for _ in paths]
+        for question in questions:
+            text = question.text.rstrip("?").split()
+            denied = not {"no", "not"}.isdisjoint(text)  # "is no red shape present?"
+            if question.answer != ("yes" if denied else "no"):
+                words[question.image].update((*text, question.answer))
+        for path, said in zip(paths, words, strict=True):
+            labels = {"shape": said & SHAPES, "colour": said & colours}
+            images.append(LabelledImage(str(path), {name: value for name, values in labels.items() for value in values}, split))
+    return LabelSet({"shape": "semantic", "colour": "detail"}, images)
 
 
 def write_images(folder: str | Path, split: Split) -> None:
