@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from htc_megatron.benchmarks import generate
-from htc_megatron.benchmarks.generate import Asked, Sizes, build, step_bytes
+from htc_megatron.benchmarks.answering import Asked, Sizes
+from htc_megatron.benchmarks.generate import build, step_bytes
 from htc_megatron.config import ConfigError
 from htc_megatron.onednn import OneDnnLinear
 

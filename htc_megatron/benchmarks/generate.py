@@ -3,60 +3,38 @@
 Both have the same backbone, tower and projector, shared in memory; weights are random, and answers are greedy and of a fixed length.
 Ours is as `htc_megatron.inference.load` gives it, on CPU with products by oneDNN. LLaVA runs as transformers gives it and, to tell what
 is due to compression alone, once more with the same products.
-Parts of an answer are timed inside the run that is counted: the tower by its hooks, prefill and steps of decoding by the streamer.
+Parts of an answer are timed inside the run that is counted: the tower where it is called, prefill and steps of decoding by the streamer.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
+from htc_megatron.benchmarks.answering import (
+    Asked,
+    Sizes,
+    add_sizes,
+    noise_image,
+    random_htc_vlm,
+    sizes_of,
+    sizes_refused,
+    text_config,
+    tower_sizes,
+)
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
-from htc_megatron.config import ConfigError
-from htc_megatron.hf.configuration_htc_vlm import HTCVLMConfig
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 from htc_megatron.inference.store import ImageStore, file_key
 from htc_megatron.onednn import use_onednn
 from htc_megatron.training.flops import peak_flops
-
-MGVQ = {
-    "full": {},
-    "tiny": dict(
-        widths=[16, 16], depths=[1, 1], decoder_depths=[1, 1], blocks=["res", "evit"], head_dim=8, latent_channels=8, groups=2,
-        codebook_size=32,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the models and the question. tower_layers: as published; LLaVA takes the features before the last."""
-
-    hidden: int = 1024
-    layers: int = 8
-    heads: int = 16
-    vocabulary: int = 32001
-    tower_hidden: int = 1024
-    tower_layers: int = 24
-    tower_heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
-    voco: int = 1
-    prompt: int = 64
-    answer: int = 16
-    batch: int = 16
 
 
 def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration, HTCVLMForConditionalGeneration]:
@@ -64,32 +42,15 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, Llava
 
     Raises ConfigError for sizes that make no model.
     """
-    try:
-        text = LlamaConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.hidden * 11 // 4,
-            num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads,
-            max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-        vision = dict(
-            hidden_size=sizes.tower_hidden, intermediate_size=4 * sizes.tower_hidden, num_attention_heads=sizes.tower_heads,
-            image_size=sizes.image_size, patch_size=sizes.patch_size,
-        )  # fmt: skip
-        token, patches = sizes.vocabulary - 1, (sizes.image_size // sizes.patch_size) ** 2
-        published = CLIPVisionConfig(**vision, num_hidden_layers=sizes.tower_layers)
-        uncompressed = LlavaConfig(vision_config=published, text_config=text, image_token_index=token, image_seq_length=patches)
-        peer, same = (LlavaForConditionalGeneration(uncompressed).eval() for _ in range(2))
-        config = HTCVLMConfig(
-            text_config=peer.config.text_config,
-            vision_config=CLIPVisionConfig(**vision, num_hidden_layers=sizes.tower_layers - 1),
-            mgvq_config=dict(image_size=sizes.image_size) | MGVQ[mgvq],
-            num_voco_tokens=sizes.voco,
-            image_token_id=token,
+    with sizes_refused():
+        uncompressed = LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower_sizes(sizes), num_hidden_layers=sizes.tower_layers),
+            text_config=text_config(sizes),
+            image_token_index=sizes.vocabulary - 1,
+            image_seq_length=(sizes.image_size // sizes.patch_size) ** 2,
         )
-        ours = HTCVLMForConditionalGeneration(config).eval()
-    except (ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"these sizes make no model: {error}") from None
-    for model in (peer, same, ours):
-        model.requires_grad_(False)
+        peer, same = (LlavaForConditionalGeneration(uncompressed).eval().requires_grad_(False) for _ in range(2))
+    ours = random_htc_vlm(sizes, mgvq)
     weights = peer.state_dict()
     same.load_state_dict(weights, assign=True)
     projector = {"linear_1": "fc1", "linear_2": "fc2"}
@@ -99,64 +60,6 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, Llava
     own = ours.state_dict()
     ours.load_state_dict(own | {name: tensor for name, tensor in renamed.items() if name in own}, assign=True)
     return peer, use_onednn(same), use_onednn(ours)
-
-
-class Clock(BaseStreamer):
-    """When the prompt and each token of an answer came."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-class Asked:
-    """Questions asked of a model again and again: `self()` returns seconds, and `parts` keeps what they were spent on.
-
-    inputs: called in the time that is counted, for what generate() takes. named: parts that are timed by the modules they run in.
-    A part is seconds of one call: before (until the first pass over the prompt: loading, encoding and compressing; transformers runs
-    LLaVA's tower there too), prefill, step (median over the steps of decoding), and those of `named`, which are within before.
-    tokens: of the last answer.
-    """
-
-    def __init__(self, model: PreTrainedModel, inputs: Callable[[], dict[str, Tensor]], answer: int, named: dict[str, nn.Module]):
-        self.model, self.inputs, self.answer, self.named = model, inputs, answer, named
-        self.parts: list[dict[str, float]] = []
-        self.tokens: Tensor | None = None
-
-    def __call__(self) -> float:
-        spent = dict.fromkeys(self.named, 0.0)
-        handles = []
-        for name, module in self.named.items():
-            handles += [
-                module.register_forward_pre_hook(lambda *_, name=name: spent.update({name: spent[name] - time.perf_counter()})),
-                module.register_forward_hook(lambda *_, name=name: spent.update({name: spent[name] + time.perf_counter()})),
-            ]
-        clock = Clock()
-        began = time.perf_counter()
-        inputs = self.inputs()
-        clock.times.clear()
-        options = dict(max_new_tokens=self.answer, do_sample=False, eos_token_id=None, pad_token_id=0)
-        if len(inputs["input_ids"]) == 1:  # transformers streams one row only
-            options["streamer"] = clock
-        made = self.model.generate(**inputs, **options)
-        seconds = time.perf_counter() - began
-        for handle in handles:
-            handle.remove()
-        self.tokens = made[:, -self.answer :]
-        if clock.times:
-            steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
-            before, prefill = clock.times[0] - began, clock.times[1] - clock.times[0]
-            self.parts.append(spent | {"before": before, "prefill": prefill, "step": median(steps)})
-        return seconds
-
-    def part(self, name: str) -> float:
-        """Median over the calls, without the first, which warms up."""
-        return median(one[name] for one in self.parts[1:])
 
 
 def step_bytes(model: PreTrainedModel) -> list[Tensor]:
@@ -188,8 +91,6 @@ def measure_answers(sizes: Sizes, mgvq: str, rounds: int, folder: Path, say: Say
     say("making the models")
     peer, same, ours = build(sizes, mgvq)
     config, token = ours.config, sizes.vocabulary - 1
-    if sizes.prompt < 2 or sizes.answer < 3:
-        raise ConfigError(f"prompt and answer: got {sizes.prompt} and {sizes.answer} tokens, wanted at least 2 and 3")
     text = torch.randint(3, token, (sizes.batch, sizes.prompt))
     half = sizes.prompt // 2
 
@@ -198,10 +99,7 @@ def measure_answers(sizes: Sizes, mgvq: str, rounds: int, folder: Path, say: Say
 
     say("compressing the images")
     processor = HTCVLMImageProcessor(sizes.image_size, sizes.image_size)
-    files = [folder / f"{number}.png" for number in range(sizes.batch)]
-    for file in files:
-        noise = torch.randint(0, 256, (sizes.image_size, sizes.image_size, 3), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(file)
+    files = [noise_image(sizes.image_size, folder / f"{number}.png") for number in range(sizes.batch)]
     pixels = processor.preprocess(files)
     codes = ours.model.mgvq.encode(pixels["mgvq_pixel_values"][:1])
     rest = torch.randint(0, config.mgvq_config.get("codebook_size", 16384) // ours.model.mgvq.groups, (sizes.batch, *codes.shape[1:]))
@@ -219,18 +117,17 @@ def measure_answers(sizes: Sizes, mgvq: str, rounds: int, folder: Path, say: Say
         return {"input_ids": found, "attention_mask": torch.ones_like(found), **images}
 
     one, code = pixels["pixel_values"][:1], codes[:1]
-    tower = {"tower": peer.model.vision_tower}
-    our_tower = {"tower": ours.model.vision_tower}
+    towers = [{"tower": (model.model.vision_tower, "forward")} for model in (peer, same, ours)]
     asked = {
-        "uncompressed": Asked(peer, lambda: uncompressed(1), sizes.answer, tower),
-        "same_products": Asked(same, lambda: uncompressed(1), sizes.answer, {"tower": same.model.vision_tower}),
+        "uncompressed": Asked(peer, lambda: uncompressed(1), sizes.answer, towers[0]),
+        "same_products": Asked(same, lambda: uncompressed(1), sizes.answer, towers[1]),
         "cached": Asked(ours, lambda: compressed(1, image_keys_values=store.load(files[:1])), sizes.answer, {}),
-        "first": Asked(ours, lambda: compressed(1, pixel_values=one, mgvq_codes=code), sizes.answer, our_tower),
+        "first": Asked(ours, lambda: compressed(1, pixel_values=one, mgvq_codes=code), sizes.answer, towers[2]),
         "first_with_mgvq": Asked(
             ours,
             lambda: compressed(1, pixel_values=one, mgvq_pixel_values=pixels["mgvq_pixel_values"][:1]),
             sizes.answer,
-            our_tower | {"mgvq": ours.model.mgvq.encoder},
+            towers[2] | {"mgvq": (ours.model.mgvq.encoder, "forward")},
         ),
         "batched": Asked(ours, lambda: compressed(sizes.batch, image_keys_values=store.load(files)), sizes.answer, {}),
     }
@@ -319,15 +216,13 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    for field in fields(Sizes):
-        command.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, help="(default: %(default)s)")
-    command.add_argument("--mgvq", choices=MGVQ, default="full", help="size of the discrete tokenizer (default: the public one's)")
+    add_sizes(command)
     command.add_argument("--rounds", type=int, default=5, help="figures are medians over them (default: %(default)s)")
 
 
 def run(args: argparse.Namespace, say: Say) -> Result:
     """The figures of `measure_answers`. Raises ConfigError."""
-    sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
+    sizes = sizes_of(args)
     with tempfile.TemporaryDirectory(prefix="benchmark_generate_") as folder:
         found = measure_answers(sizes, args.mgvq, args.rounds, Path(folder), say)
     return Result(rows(found), ratios(found), found)
