@@ -49,6 +49,7 @@ def test_parts_of_random_weights():
     "variant, wanted",
     [
         (dict(channels="continuous"), {"pixels": {"prepare"} | IMAGE - {"anchors"}, "cached": {"load"}}),
+        (dict(anchor_source="kmeans", resampler="qformer"), {"pixels": {"prepare", "resampler"} | IMAGE, "cached": {"load"}}),
         (
             dict(channels="discrete"),
             {"pixels": {"prepare", "mgvq", "anchors", "compress"}, "codes": {"anchors", "compress"}, "cached": {"load"}},
@@ -67,9 +68,11 @@ def test_parts_of_an_export(tmp_path, variant, wanted):
         measured("--export", tmp_path / "hf", hidden=64)
 
 
-def test_short_answers_are_refused():
+def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ConfigError, match="got 6 and 2 tokens, wanted at least 2 and 3"):
         measured("--mgvq", "tiny", **TINY, answer=2)
+    with pytest.raises(ConfigError, match="picture absent.png"):
+        measured("--mgvq", "tiny", "--image", "absent.png", **TINY)
 
 
 def test_functions_that_were_timed_are_put_back():

@@ -20,7 +20,7 @@ from htc_megatron.hf import modeling_htc_vlm
 from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
-from htc_megatron.inference import ImageStore, load, use_onednn
+from htc_megatron.inference import ImageStore, load, read_image, use_onednn
 from htc_megatron.inference.store import file_key
 
 TITLES = {
@@ -30,6 +30,7 @@ TITLES = {
     "prepare": "preparing the pixels",
     "mgvq": "MGVQ's encoder and quantiser",
     "tower": "CLIP tower",
+    "resampler": "Q-Former",
     "projector": "projector of the patches",
     "anchors": "projector of the anchors",
     "compress": "compression by the backbone",
@@ -58,18 +59,16 @@ def ways(
 
     encoding = {}
     if config.channels != "discrete":
-        encoding |= {"tower": (inner.vision_tower, "forward"), "projector": (inner.projector, "forward")}
-    if config.channels != "continuous":
+        resampler = {"resampler": (inner.resampler, "forward")} if config.resampler == "qformer" else {}
+        encoding |= {"tower": (inner.vision_tower, "forward")} | resampler | {"projector": (inner.projector, "forward")}
+    if config.anchors_per_image:
         encoding["anchors"] = (inner.anchors, "forward")
     alone = not why_not_alone(config)
     if alone:
         encoding["compress"] = (modeling_htc_vlm, "compress_images")
-    quantised = {"mgvq": (inner.mgvq, "encode")} if config.channels != "continuous" else {}
-    found = {
-        "pixels": Asked(
-            model, lambda: question | prepared(processor), answer, {"prepare": (processor, "preprocess")} | quantised | encoding
-        )
-    }
+    quantised = {"mgvq": (inner.mgvq, "encode")} if config.has_mgvq else {}
+    parts = {"prepare": (processor, "preprocess")} | quantised | encoding
+    found = {"pixels": Asked(model, lambda: question | prepared(processor), answer, parts)}
     if quantised:
         codes = inner.mgvq.encode(prepared(processor)["mgvq_pixel_values"])
         tower_only = HTCVLMImageProcessor(processor.image_size, channels="continuous")
@@ -87,7 +86,7 @@ def ways(
 
 
 def parts_of(way: Asked, alone: bool) -> dict[str, float]:
-    """Median seconds of each part, in the order in which they run; `other` is what is before the prefill and in no part.
+    """Median seconds of each part; `other` is what is before the prefill and in no part.
 
     alone: images are computed by themselves. Without that they are encoded within the first pass, whose rest is then the prefill.
     """
@@ -125,6 +124,8 @@ def loaded(args: argparse.Namespace, sizes: Sizes) -> tuple[HTCVLMForConditional
 def run(args: argparse.Namespace, say: Say) -> Result:
     """Seconds by way and part. Raises ConfigError."""
     sizes = sizes_of(args)
+    if args.image:
+        read_image(args.image)
     say("making the model")
     model, processor = loaded(args, sizes)
     with tempfile.TemporaryDirectory(prefix="benchmark_latency_") as folder:

@@ -91,7 +91,7 @@ def require_sklearn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise ConfigError("probes need scikit-learn, which is not installed: pip install -e '.[evaluation]' brings it") from None
+        raise ConfigError("probes need scikit-learn, which is not installed: pip install -c constraints.txt -e '.[evaluation]'") from None
 
 
 def fit(
