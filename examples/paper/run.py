@@ -1,0 +1,164 @@
+"""The paper in small: train every model of its main table and ablations on generated scenes, and evaluate each.
+
+python examples/paper/run.py                      all models, three seeds, two runs side by side, in runs/paper
+python examples/paper/run.py --only main          the main table alone; also: ablations, or models by name
+python examples/paper/report.py runs/paper        the tables, plots and what the paper claims, from all that is finished
+
+models/ has a file for each model, laid on base.yaml. All start from the same weights of a seed (stage1.yaml), and learn for the same
+number of steps from the same conversations in the same order. What is finished is not done again; --set changes settings of all
+models, in a folder of its own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import steps  # noqa: E402
+
+from htc_megatron.config import ConfigError, MGVQConfig, RunConfig  # noqa: E402
+from htc_megatron.config_io import load_config, to_dict  # noqa: E402
+
+MODELS = HERE / "models"
+MAIN = ("upper", "lower", "qformer", "average", "voco_llama", "discrete", "htc")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Work of a worker process. result: the file or folder that is there when it is done. needs: steps before it."""
+
+    result: Path
+    needs: tuple[str, ...]
+    work: Callable
+    arguments: tuple
+
+
+def model_names(only: list[str]) -> list[str]:
+    """The models to run: main, ablations, names; all where nothing is named. Raises ConfigError for a name that is not known."""
+    known = [*MAIN, *sorted(path.stem for path in MODELS.glob("*.yaml") if path.stem not in MAIN)]
+    groups = {"main": known[: len(MAIN)], "ablations": known[len(MAIN) :]}
+    wanted = {name for word in only or groups for name in groups.get(word, [word])}
+    if unknown := sorted(wanted - set(known)):
+        raise ConfigError(f"--only: got {', '.join(unknown)}, wanted main, ablations or some of {', '.join(known)}")
+    if "lower" in wanted:
+        wanted.add("upper")  # whose weights it has
+    return [name for name in known if name in wanted]
+
+
+def mgvq_name(mgvq: MGVQConfig) -> str:
+    """What an MGVQ and the data with its codes are called in the run's folder."""
+    return f"g{mgvq.groups}c{mgvq.codebook_size}"
+
+
+def plan(options: argparse.Namespace) -> dict[str, Step]:
+    """All steps by name."""
+    out: Path = options.out
+    data = out / "data"
+    shared = [f"tokenizer={data / 'tokenizer.model'}", *options.set]
+    found = {"scenes": Step(data, (), steps.make_data, (data, options.train_pictures, options.test_pictures, 0))}
+    captions = out / "prepared" / "captions"
+    found["captions"] = Step(captions, ("scenes",), steps.make_prepared, (data, "captions", captions, None))
+    for seed in range(options.seeds):
+        folder = out / "stage1" / str(seed)
+        settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={captions}", f"output_dir={folder}", *shared]
+        result = folder / "checkpoints" / "latest"
+        stage1 = Step(result, ("captions",), steps.make_stage1, (load_config(HERE / "stage1.yaml", settings),))
+        found[f"stage1/{seed}"] = stage1
+        for name in model_names(options.only):
+            found |= _model(name, seed, out, shared)
+    return found
+
+
+def _model(name: str, seed: int, out: Path, shared: list[str]) -> dict[str, Step]:
+    """The steps of a model: its own, and those of the MGVQ and the codes that it reads."""
+    data, folder = out / "data", out / "models" / name / str(seed)
+    config = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"], shared)
+    codes = mgvq_name(config.model.mgvq)
+    mgvq, train = out / "mgvq" / codes / "mgvq.safetensors", out / "prepared" / codes
+    sizes = [f"model.{key}={getattr(config.model.mgvq, key)}" for key in ("groups", "codebook_size")]
+    places = [f"images={data / 'train'}", f"output_dir={mgvq.parent}"]
+    settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={train}", f"mgvq_checkpoint={mgvq}"]
+    settings += [f"output_dir={folder}", f"init_from={folder / 'start'}", *shared]
+    config = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"], settings)
+    trained = config.training.train_iters > 0  # else it has the weights of the upper bound
+    before = f"stage1/{seed}" if trained else f"upper/{seed}"
+    source = out / ("stage1" if trained else "models/upper") / str(seed) / "checkpoints"
+    return {
+        f"mgvq/{codes}": Step(mgvq, ("scenes",), steps.make_mgvq, (HERE / "mgvq.yaml", sizes + places)),
+        f"codes/{codes}": Step(train, (f"mgvq/{codes}",), steps.make_prepared, (data, "train", train, mgvq)),
+        f"{name}/{seed}": Step(folder / steps.RESULTS, (before, f"codes/{codes}"), steps.make_model, (config, source, data)),
+    }
+
+
+def check_finished(plan: dict[str, Step]) -> None:
+    """Refuse results of other settings than these."""
+    for step in plan.values():
+        config = step.arguments[0]
+        if step.result.name != steps.RESULTS or not step.result.exists():
+            continue
+        if json.loads(step.result.read_text(encoding="utf-8"))["config"] != to_dict(config):
+            raise ConfigError(f"{step.result} is of other settings than these: name another folder with --out, or remove {step.result.parent}")
+
+
+def carry_out(plan: dict[str, Step], jobs: int, logs: Path) -> list[str]:
+    """Do the steps that are not done, so many side by side, each as soon as what it needs is there. Returns those that failed.
+
+    What needs a failed step is left out.
+    """
+    todo = {name: step for name, step in plan.items() if not step.result.exists()}
+    order = TopologicalSorter({name: [need for need in step.needs if need in todo] for name, step in todo.items()})
+    order.prepare()
+    began, done, failed = time.monotonic(), 0, []
+    running: dict[Future, str] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        while True:
+            for name in order.get_ready():
+                step, log = todo[name], logs / f"{name.replace('/', '-')}.txt"
+                running[pool.submit(steps.in_log, log, step.work, *step.arguments)] = name
+            if not running:
+                return failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                done += 1
+                if (error := future.exception()) is None:
+                    order.done(name)  # and only then: nothing is begun that needs a step which failed
+                    print(f"{time.monotonic() - began:6.0f} s  {done}/{len(todo)}  {name}: {future.result():.0f} s", flush=True)
+                else:
+                    failed.append(name)
+                    print(f"{name} failed, see {logs / name.replace('/', '-')}.txt: {error}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", default=[], metavar="MODELS", help="main, ablations, or names of files in models/ (default: all)")
+    add("--seeds", type=int, default=3, help="seeds of each model (default %(default)s)")
+    add("--jobs", type=int, default=2, help="runs side by side, a core each (default %(default)s)")
+    add("--out", type=Path, default=Path("runs/paper"), help="folder to work in (default %(default)s)")
+    add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as training.train_iters=100")
+    add("--train-pictures", type=int, default=10000, help="(default %(default)s)")
+    add("--test-pictures", type=int, default=600, help="(default %(default)s)")
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}  # of the workers
+    try:
+        found = plan(options)
+        check_finished(found)
+    except ConfigError as error:
+        print(f"run: {error}", file=sys.stderr)
+        return 2
+    failed = carry_out(found, options.jobs, options.out / "logs")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
