@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -28,6 +28,7 @@ import steps  # noqa: E402
 
 from htc_megatron.config import ConfigError, MGVQConfig, RunConfig  # noqa: E402
 from htc_megatron.config_io import load_config, to_dict  # noqa: E402
+from htc_megatron.training.mgvq_trainer import REPORT, WEIGHTS  # noqa: E402
 
 MODELS = HERE / "models"
 MAIN = ("upper", "lower", "qformer", "average", "voco_llama", "discrete", "htc")
@@ -41,6 +42,11 @@ class Step:
     needs: tuple[str, ...]
     work: Callable
     arguments: tuple
+
+    @property
+    def trains(self) -> bool:
+        """Trainings have workers of their own, which are megatron-core's for good."""
+        return self.work in (steps.make_stage1, steps.make_model)
 
 
 def model_names(only: list[str]) -> list[str]:
@@ -66,13 +72,13 @@ def plan(options: argparse.Namespace) -> dict[str, Step]:
     data = out / "data"
     shared = [f"tokenizer={data / 'tokenizer.model'}", *options.set]
     found = {"scenes": Step(data, (), steps.make_data, (data, options.train_pictures, options.test_pictures, 0))}
-    captions = out / "prepared" / "captions"
-    found["captions"] = Step(captions, ("scenes",), steps.make_prepared, (data, "captions", captions, None))
+    align = out / "prepared" / "align"
+    found["align"] = Step(align, ("scenes",), steps.make_prepared, (data, "align", align, None))
     for seed in range(options.seeds):
         folder = out / "stage1" / str(seed)
-        settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={captions}", f"output_dir={folder}", *shared]
+        settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={align}", f"output_dir={folder}", *shared]
         result = folder / "checkpoints" / "latest"
-        stage1 = Step(result, ("captions",), steps.make_stage1, (load_config(HERE / "stage1.yaml", settings),))
+        stage1 = Step(result, ("align",), steps.make_stage1, (load_config(HERE / "stage1.yaml", settings),))
         found[f"stage1/{seed}"] = stage1
         for name in model_names(options.only):
             found |= _model(name, seed, out, shared)
@@ -84,7 +90,7 @@ def _model(name: str, seed: int, out: Path, shared: list[str]) -> dict[str, Step
     data, folder = out / "data", out / "models" / name / str(seed)
     config = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"], shared)
     codes = mgvq_name(config.model.mgvq)
-    mgvq, train = out / "mgvq" / codes / "mgvq.safetensors", out / "prepared" / codes
+    mgvq, train = out / "mgvq" / codes / WEIGHTS, out / "prepared" / codes
     sizes = [f"model.{key}={getattr(config.model.mgvq, key)}" for key in ("groups", "codebook_size")]
     places = [f"images={data / 'train'}", f"output_dir={mgvq.parent}"]
     settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={train}", f"mgvq_checkpoint={mgvq}"]
@@ -94,9 +100,10 @@ def _model(name: str, seed: int, out: Path, shared: list[str]) -> dict[str, Step
     before = f"stage1/{seed}" if trained else f"upper/{seed}"
     source = out / ("stage1" if trained else "models/upper") / str(seed) / "checkpoints"
     return {
-        f"mgvq/{codes}": Step(mgvq, ("scenes",), steps.make_mgvq, (HERE / "mgvq.yaml", sizes + places)),
+        f"mgvq/{codes}": Step(mgvq.with_name(REPORT), ("scenes",), steps.make_mgvq, (HERE / "mgvq.yaml", sizes + places)),
         f"codes/{codes}": Step(train, (f"mgvq/{codes}",), steps.make_prepared, (data, "train", train, mgvq)),
-        f"{name}/{seed}": Step(folder / steps.RESULTS, (before, f"codes/{codes}"), steps.make_model, (config, source, data)),
+        f"{name}/{seed}": Step(folder / "hf", (before, f"codes/{codes}"), steps.make_model, (config, source)),
+        f"{name}/{seed}/answers": Step(folder / steps.RESULTS, (f"{name}/{seed}",), steps.make_answers, (config, data)),
     }
 
 
@@ -107,7 +114,9 @@ def check_finished(plan: dict[str, Step]) -> None:
         if step.result.name != steps.RESULTS or not step.result.exists():
             continue
         if json.loads(step.result.read_text(encoding="utf-8"))["config"] != to_dict(config):
-            raise ConfigError(f"{step.result} is of other settings than these: name another folder with --out, or remove {step.result.parent}")
+            raise ConfigError(
+                f"{step.result} is of other settings than these: name another folder with --out, or remove {step.result.parent}"
+            )
 
 
 def carry_out(plan: dict[str, Step], jobs: int, logs: Path) -> list[str]:
@@ -118,24 +127,26 @@ def carry_out(plan: dict[str, Step], jobs: int, logs: Path) -> list[str]:
     todo = {name: step for name, step in plan.items() if not step.result.exists()}
     order = TopologicalSorter({name: [need for need in step.needs if need in todo] for name, step in todo.items()})
     order.prepare()
-    began, done, failed = time.monotonic(), 0, []
-    running: dict[Future, str] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    began, failed, ready, running = time.monotonic(), [], [], {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn) as trainers, ProcessPoolExecutor(jobs, spawn) as others:
         while True:
-            for name in order.get_ready():
-                step, log = todo[name], logs / f"{name.replace('/', '-')}.txt"
-                running[pool.submit(steps.in_log, log, step.work, *step.arguments)] = name
+            ready += order.get_ready()
+            ready.sort(key=lambda name: todo[name].trains)  # the short ones first
+            while ready and len(running) < jobs:
+                name = ready.pop(0)
+                pool, log = trainers if todo[name].trains else others, logs / f"{name.replace('/', '-')}.txt"
+                running[pool.submit(steps.in_log, log, todo[name].work, *todo[name].arguments)] = name
             if not running:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                done += 1
                 if (error := future.exception()) is None:
                     order.done(name)  # and only then: nothing is begun that needs a step which failed
-                    print(f"{time.monotonic() - began:6.0f} s  {done}/{len(todo)}  {name}: {future.result():.0f} s", flush=True)
+                    print(f"{time.monotonic() - began:6.0f} s  {name}: {future.result():.0f} s", flush=True)
                 else:
                     failed.append(name)
-                    print(f"{name} failed, see {logs / name.replace('/', '-')}.txt: {error}", file=sys.stderr, flush=True)
+                    print(f"{name} failed, see {logs}/{name.replace('/', '-')}.txt: {error}", file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,11 @@ def in_log(log: Path, step: Callable, *arguments) -> float:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     began = time.monotonic()
-    step(*arguments)
+    try:
+        step(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
     return time.monotonic() - began
 
 
@@ -72,31 +77,37 @@ def make_stage1(config: RunConfig) -> None:
     _train(config)
 
 
-def make_model(config: RunConfig, source: Path, data: Path) -> None:
-    """Train a model from the weights in `source`, export it and write what it answers on the test split to results.json."""
+def make_model(config: RunConfig, source: Path) -> None:
+    """Train a model from the weights in `source` and export it to hf/."""
     out = Path(config.output_dir)
     shutil.rmtree(out, ignore_errors=True)
     write_start(source, config, Path(config.init_from))
-    began = time.monotonic()
     _train(config)
-    seconds = {"train": time.monotonic() - began}
     shutil.rmtree(config.init_from)
     export(CheckpointReader(out / "checkpoints"), out / "hf", system="")
-    began = time.monotonic()
+
+
+def make_answers(config: RunConfig, data: Path) -> None:
+    """What an exported model answers on the test split, in results.json beside it.
+
+    In a process that has not trained: megatron-core's form for CPU and transformers' loading do not go together.
+    """
+    out = Path(config.output_dir)
     model, processor = load(out / "hf")
     questions = scenes.read_questions(data / "test.jsonl")
     images = [data / "test" / f"{number}.png" for number in range(questions[-1].image + 1)]
+    began = time.monotonic()
     given = answer(model, processor, images, [(q.image, q.text) for q in questions], max_new_tokens=4)
-    seconds["evaluate"] = time.monotonic() - began
     results = {
         "config": to_dict(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": scenes.score(questions, given),
-        "seconds": seconds,
+        "seconds": time.monotonic() - began,
         "answers": given,
     }
-    (out / f"{RESULTS}.unfinished").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    (out / f"{RESULTS}.unfinished").rename(out / RESULTS)
+    unfinished = out / f"{RESULTS}.unfinished"
+    unfinished.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    unfinished.rename(out / RESULTS)
 
 
 def _train(config: RunConfig) -> None:

@@ -134,8 +134,9 @@ def ask(scene: Scene, image: int, chance: random.Random) -> list[Question]:
 
 
 def describe(scene: Scene) -> str:
-    """A caption that names every attribute of every object in reading order."""
-    return ", ".join(f"{t.quadrant} {t.size} {t.shade} {t.texture} {t.colour} {t.shape}" for t in scene.things)
+    """A caption that names every attribute of every object, colour by colour."""
+    things = sorted(scene.things, key=lambda thing: [*COLOURS].index(thing.colour))
+    return ", ".join(f"{t.colour} {t.shape} {t.size} {t.shade} {t.texture} {t.quadrant}" for t in things)
 
 
 @dataclass(frozen=True)

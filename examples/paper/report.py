@@ -1,0 +1,199 @@
+"""Tables, plots and verdicts of a comparison: `python examples/paper/report.py runs/paper` writes report.md and its pictures there.
+
+Every figure is a mean over seeds with its 95% confidence interval (Student's t). A claim that one model is better than another is
+judged by their differences seed by seed: it holds where the whole interval of these is above zero, does not hold where it is below,
+and is within the error otherwise. The paper's own figures stand beside: retention in percent, one run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from htc_megatron.config import ConfigError  # noqa: E402
+from htc_megatron.evaluation import scenes  # noqa: E402
+from htc_megatron.evaluation.seeds import Estimate, difference, retention, verdict  # noqa: E402
+
+SCORES = ("semantic", "detail", "all")
+Table = dict[str, dict[int, dict[str, float]]]  # figures in percent, by model, seed and score
+
+MAIN = {  # by the name of the model's file: what it is called, and its retention in the paper
+    "upper": ("upper bound: no compression", 100.0),
+    "qformer": ("Q-Former", 57.2),
+    "average": ("average pooling", 64.1),
+    "voco_llama": ("VoCo-LLaMA", 81.0),
+    "discrete": ("discrete channel only", 33.0),
+    "htc": ("HTC-VLM", 87.2),
+    "lower": ("lower bound: not trained for it", 0.0),
+}
+ABLATIONS = {  # by title: the models by what they differ in; htc is the paper's choice
+    "mask": {"htc": "star", "full": "full"},
+    "fusion": {"htc": "pre", "post": "post", "parallel": "parallel"},
+    "anchors from": {"htc": "MGVQ", "random": "random", "topk": "top-k attention", "kmeans": "k-means"},
+    "number of anchors": {"anchors_1": "1", "anchors_2": "2", "htc": "4", "anchors_8": "8", "anchors_16": "16"},
+    "voco tokens": {"htc": "1", **{f"voco_{k}": str(k) for k in (2, 4, 8, 16, 32, 64, 128, 192)}},
+    "MGVQ groups": {"groups_1": "1", "groups_2": "2", "htc": "4", "groups_8": "8"},
+    "MGVQ codebook": {"codebook_256": "256", "htc": "1024", "codebook_4096": "4096"},
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The paper's claim that `better` is better than `worse`. paper: how much, in its own words."""
+
+    better: str
+    worse: str
+    text: str
+    paper: str
+
+
+CLAIMS = (
+    Claim("htc", "voco_llama", "HTC-VLM > VoCo-LLaMA", "87.2 / 81.0 % retention"),
+    Claim("voco_llama", "average", "VoCo-LLaMA > average pooling", "81.0 / 64.1 %"),
+    Claim("average", "qformer", "average pooling > Q-Former", "64.1 / 57.2 %"),
+    Claim("qformer", "discrete", "Q-Former > discrete only, the last of the trained", "57.2 / about 33 %"),
+    Claim("htc", "full", "star mask > full mask", "1.8 points"),
+    Claim("htc", "post", "pre-fusion > post-fusion", "no figure"),
+    Claim("htc", "parallel", "pre-fusion > parallel fusion", "no figure"),
+    Claim("htc", "random", "MGVQ anchors > random", "no figure"),
+    Claim("htc", "topk", "MGVQ anchors > top-k attention", "no figure"),
+    Claim("htc", "kmeans", "MGVQ anchors > k-means", "no figure"),
+    Claim("voco_64", "htc", "64 voco tokens > 1", "89.8 / 87.2 %"),
+)
+KEPT = 87.2  # percent of the way from the lower to the upper bound that HTC-VLM keeps, in the paper
+
+
+def read(run: Path) -> Table:
+    """Figures of all finished models. Raises ConfigError where there is none."""
+    table: Table = {}
+    for path in sorted(run.glob("models/*/*/results.json")):
+        accuracy = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
+        table.setdefault(path.parent.parent.name, {})[int(path.parent.name)] = {name: 100 * accuracy[name] for name in accuracy}
+    if not table:
+        raise ConfigError(f"{run} has no results; examples/paper/run.py makes them")
+    return table
+
+
+def of(table: Table, model: str, score: str) -> dict[int, float]:
+    """A model's figure by seed."""
+    return {seed: figures[score] for seed, figures in table[model].items()}
+
+
+def retentions(table: Table, model: str, score: str = "all") -> dict[int, float]:
+    """A model's retention in percent by seed, between the bounds of the same seed."""
+    bounds = table.get("lower", {}).keys() & table.get("upper", {}).keys()
+    return {
+        seed: retention(figures[score], table["lower"][seed][score], table["upper"][seed][score])
+        for seed, figures in table[model].items()
+        if seed in bounds
+    }
+
+
+def main_table(table: Table, blind: dict[str, float]) -> Iterator[str]:
+    """Markdown lines. blind: figures of who does not look."""
+    yield "| model | semantic | detail | all | retention, % | in the paper, % |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for model, (title, paper) in MAIN.items():
+        if model in table:
+            kept = retentions(table, model)
+            cells = [*(str(Estimate.of([*of(table, model, score).values()])) for score in SCORES)]
+            yield f"| {title} | {' | '.join(cells)} | {Estimate.of([*kept.values()]) if kept else ''} | {paper:.1f} |"
+    yield f"| reading without looking | {' | '.join(f'{100 * blind[score]:.1f}' for score in SCORES)} | | |"
+
+
+def ablation_table(table: Table, models: dict[str, str], title: str) -> Iterator[str]:
+    """Markdown lines of one ablation, with the difference to the paper's choice seed by seed."""
+    yield f"| {title} | semantic | detail | all | all, less that of HTC-VLM |"
+    yield "| --- | --- | --- | --- | --- |"
+    for model, label in models.items():
+        if model in table:
+            cells = [str(Estimate.of([*of(table, model, score).values()])) for score in SCORES]
+            less = "" if model == "htc" or "htc" not in table else difference(of(table, model, "all"), of(table, "htc", "all"))
+            yield f"| {label} | {' | '.join(cells)} | {less} |"
+
+
+def judged(table: Table) -> Iterator[tuple[Claim, dict[str, Estimate], str]]:
+    """Each claim whose models were run: the differences in points by score, and the verdict on that of all questions."""
+    for claim in CLAIMS:
+        if table.get(claim.better, {}).keys() & table.get(claim.worse, {}).keys():
+            found = {score: difference(of(table, claim.better, score), of(table, claim.worse, score)) for score in SCORES}
+            yield claim, found, verdict(found["all"])
+
+
+def claim_table(table: Table) -> Iterator[str]:
+    """Markdown lines of all claims."""
+    yield "| the paper says | there | here: semantic | detail | all | verdict |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for claim, found, said in judged(table):
+        yield f"| {claim.text} | {claim.paper} | {' | '.join(str(found[score]) for score in SCORES)} | {said} |"
+    if kept := retentions(table, "htc") if "htc" in table else {}:
+        found = Estimate.of([*kept.values()])
+        said = verdict(Estimate(found.mean - KEPT, found.half))
+        yield f"| HTC-VLM keeps at least {KEPT} % | {KEPT} % | | | {found} % | {said} |"
+
+
+def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
+    """Bars with error bars for semantic and detail questions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [model for model in models if model in table]
+    figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(shown), 3.6), layout="constrained")
+    for place, (score, colour) in enumerate(zip(SCORES, ("#4878a8", "#d08030", "#707070"), strict=True)):
+        found = [Estimate.of([*of(table, model, score).values()]) for model in shown]
+        errors = [estimate.half if estimate.half != float("inf") else 0.0 for estimate in found]  # one seed has no error bar
+        at = [index + 0.27 * (place - 1) for index in range(len(shown))]
+        axes.bar(at, [estimate.mean for estimate in found], 0.25, yerr=errors, capsize=3, label=score, color=colour)
+    axes.set_xticks(range(len(shown)), [models[model].replace(": ", ":\n") for model in shown], fontsize=8)
+    axes.set(xlabel=title, ylabel="accuracy, %", ylim=(0, 100))
+    axes.legend(ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def report(table: Table, blind: dict[str, float]) -> str:
+    """The whole report in Markdown, with the plots' names in it."""
+    seeds = {len(figures) for figures in table.values()}
+    many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
+    parts = [f"Means over {many} seeds with 95% confidence intervals, in percent.", "", *main_table(table, blind), "", "![](main.png)"]
+    for title, models in ABLATIONS.items():
+        if len(models.keys() & table.keys()) > 1:
+            parts += ["", *ablation_table(table, models, title), "", f"![]({file_name(title)})"]
+    return "\n".join([*parts, "", *claim_table(table), ""])
+
+
+def file_name(title: str) -> str:
+    return f"{title.replace(' ', '_').lower()}.png"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder that examples/paper/run.py worked in")
+    options = parser.parse_args()
+    try:
+        table = read(options.run)
+        train, test = (scenes.read_questions(options.run / "data" / f"{split}.jsonl") for split in ("train", "test"))
+        text = report(table, scenes.score(test, scenes.blind(train, test)))
+        plot(table, {model: title for model, (title, _) in MAIN.items()}, "model", options.run / "main.png")
+        for title, models in ABLATIONS.items():
+            if len(models.keys() & table.keys()) > 1:
+                plot(table, models, title, options.run / file_name(title))
+    except ConfigError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    except ImportError:
+        print("report: matplotlib is not installed: pip install -c constraints.txt -e '.[examples]'", file=sys.stderr)
+        return 2
+    (options.run / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
