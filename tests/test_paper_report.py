@@ -35,7 +35,7 @@ TABLE = {
     "htc": figures(70, 71, 69),
     "voco_llama": figures(60, 60, 60),
     "average": figures(65, 64, 66),
-    "full": figures(66, 71, 70),
+    "mask_full": figures(66, 71, 70),
 }
 
 
@@ -93,14 +93,14 @@ def test_every_model_of_a_claim_has_a_place_in_a_table():
 
 def test_report_of_a_run(tmp_path):
     """From results on disk to Markdown and plots; a model with fewer seeds is in it, one that is not finished is not."""
-    for model, seeds in (TABLE | {"post": figures(50)}).items():
+    for model, seeds in (TABLE | {"fusion_post": figures(50)}).items():
         for seed, values in seeds.items():
             folder = tmp_path / "models" / model / str(seed)
             folder.mkdir(parents=True)
             (folder / "results.json").write_text(json.dumps({"accuracy": {k: v / 100 for k, v in values.items()}}))
     (tmp_path / "models" / "qformer" / "0").mkdir(parents=True)
     table = report.read(tmp_path)
-    assert table.keys() == TABLE.keys() | {"post"} and table["htc"][1]["all"] == pytest.approx(71)
+    assert table.keys() == TABLE.keys() | {"fusion_post"} and table["htc"][1]["all"] == pytest.approx(71)
     text = report.report(table, {"semantic": 0.4, "detail": 0.3, "all": 0.35})
     assert "| HTC-VLM | 71.0 ± 2.5 | 69.0 ± 2.5 | 70.0 ± 2.5 | 75.0 ± 6.2 | 87.2 |" in text
     assert "| reading without looking | 40.0 | 30.0 | 35.0 | | |" in text
@@ -117,7 +117,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         write_questions(
             [Question(0, "what shape?", "circle", "shape"), Question(0, "where?", "top left", "position")], tmp_path / f"data/{split}.jsonl"
         )
-    for model in ("upper", "lower", "htc", "full"):
+    for model in ("upper", "lower", "htc", "mask_full"):
         for seed, values in TABLE[model].items():
             folder = tmp_path / "models" / model / str(seed)
             folder.mkdir(parents=True)

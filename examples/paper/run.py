@@ -26,11 +26,12 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import steps  # noqa: E402
 
-from htc_megatron.config import ConfigError, MGVQConfig, RunConfig  # noqa: E402
+from htc_megatron.config import ConfigError, MGVQConfig  # noqa: E402
 from htc_megatron.config_io import load_config, to_dict  # noqa: E402
 from htc_megatron.training.mgvq_trainer import REPORT, WEIGHTS  # noqa: E402
 
 MODELS = HERE / "models"
+STAGE1 = [HERE / "base.yaml", MODELS / "upper.yaml", HERE / "stage1.yaml"]
 MAIN = ("upper", "lower", "qformer", "average", "voco_llama", "discrete", "htc")
 
 
@@ -78,7 +79,7 @@ def plan(options: argparse.Namespace) -> dict[str, Step]:
         folder = out / "stage1" / str(seed)
         settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={align}", f"output_dir={folder}", *shared]
         result = folder / "checkpoints" / "latest"
-        stage1 = Step(result, ("align",), steps.make_stage1, (load_config(HERE / "stage1.yaml", settings),))
+        stage1 = Step(result, ("align",), steps.make_stage1, (load_config(STAGE1, settings),))
         found[f"stage1/{seed}"] = stage1
         for name in model_names(options.only):
             found |= _model(name, seed, out, shared)

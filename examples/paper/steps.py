@@ -15,6 +15,7 @@ from pathlib import Path
 
 from make_scenes import make
 from start import write_start
+
 from htc_megatron.checkpoint import CheckpointReader
 from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, load_config, load_zero, to_dict
