@@ -59,7 +59,13 @@ def model_names(only: list[str]) -> list[str]:
         raise ConfigError(f"--only: got {', '.join(unknown)}, wanted main, ablations or some of {', '.join(known)}")
     if "lower" in wanted:
         wanted.add("upper")  # whose weights it has
-    return [name for name in known if name in wanted]
+    return [name for name in known if name in wanted and compresses(name)]
+
+
+def compresses(name: str) -> bool:
+    """Whether a model has fewer voco tokens than there are patches, or as many: the paper's largest budgets exceed the small picture."""
+    model = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"]).model
+    return model.method.num_voco_tokens <= model.vision.num_patches
 
 
 def mgvq_name(mgvq: MGVQConfig) -> str:

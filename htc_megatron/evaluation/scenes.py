@@ -1,9 +1,9 @@
 """Generated scenes: pictures of 64 pixels with two to four objects, and questions whose answers are known from how they were drawn.
 
-Every scene is a function of (seed, split, index). An object has a colour, which names it and is the scene's only one of its
-kind, a shape, a shade, a texture, a size and a quadrant of its own. Questions are of two kinds, which are scored apart:
+Every scene is a function of (seed, split, index). An object has a quadrant and a colour, neither of which another one has,
+a shape, a shade, a texture and a size. Questions are of two kinds, which are scored apart:
 
-SEMANTIC   what there is and how it stands to the rest: shape, exists, left, above
+SEMANTIC   what there is and how it stands to the rest: shape, colour, exists, left, above
 DETAIL     how it looks exactly: shade, texture, size, position, count
 
 Attributes are drawn uniformly and independently, and what is asked of a pair is asked in random order, so each question text
@@ -33,8 +33,15 @@ TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": (6.0, 7.5), "large": (11.0, 12.5)}  # half of an object's width in pixels, from and to
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = (2, 3, 4)
-KINDS = {"semantic": ("shape", "exists", "left", "above"), "detail": ("shade", "texture", "size", "position", "count")}
-CHOICES = {"shape": 3, "texture": 3, "count": 3, "position": 4}  # answers that a question of the type may have; else two
+KINDS = {"semantic": ("shape", "colour", "exists", "left", "above"), "detail": ("shade", "texture", "size", "position", "count")}
+LOOKS = {  # questions about one object's attribute
+    "shape": "what shape is {}?",
+    "colour": "what colour is {}?",
+    "shade": "is {} light or dark?",
+    "texture": "what texture is {}?",
+    "size": "is {} small or large?",
+}
+CHOICES = {"shape": 3, "colour": 4, "texture": 3, "count": 3, "position": 4}  # answers that a question of the type may have; else two
 
 
 @dataclass(frozen=True)
@@ -105,24 +112,21 @@ def draw(scene: Scene) -> Image.Image:
 def ask(scene: Scene, image: int, chance: random.Random) -> list[Question]:
     """One question of each type that the scene allows, about objects drawn from `chance`, in random order.
 
-    Left and above are asked of two objects whose quadrants differ in that direction, so that there is no doubt.
+    Left and above are asked of two objects whose quadrants differ in that direction, so that there is no doubt; whether a shape
+    exists where one is there and one is not.
     """
     things = scene.things
-    asked, other = chance.sample(things, 2)  # that a shape exists is asked of another object: it would tell the shape
-    found = [
-        ("shape", f"what shape is the {asked.colour} object?", asked.shape),
-        ("exists", *_exists(things, other, chance)),
-        ("count", "how many objects are there?", str(len(things))),
-    ]
-    for type, text in (
-        ("shade", "is the {} object light or dark?"),
-        ("texture", "what texture has the {} object?"),
-        ("size", "is the {} object small or large?"),
-        ("position", "where is the {} object?"),
-    ):
+    found = [("count", "how many objects are there?", str(len(things)))]
+    for type, text in LOOKS.items():
         thing = chance.choice(things)
-        found.append((type, text.format(thing.colour), thing.quadrant if type == "position" else getattr(thing, type)))
-    for type, word, side in (("left", "further left", "left"), ("above", "higher", "top")):
+        found.append((type, text.format(thing.quadrant), getattr(thing, type)))
+    thing = chance.choice(things)
+    found.append(("position", f"where is {thing.colour}?", thing.quadrant))
+    there = sorted({thing.shape for thing in things})
+    if missing := [shape for shape in SHAPES if shape not in there]:
+        answer = chance.choice(("yes", "no"))
+        found.append(("exists", f"is there a {chance.choice(there if answer == 'yes' else missing)}?", answer))
+    for type, word, side in (("left", "left", "left"), ("above", "higher", "top")):
         here = [thing for thing in things if side in thing.quadrant]
         there = [thing for thing in things if side not in thing.quadrant]
         if here and there:
@@ -134,9 +138,8 @@ def ask(scene: Scene, image: int, chance: random.Random) -> list[Question]:
 
 
 def describe(scene: Scene) -> str:
-    """A caption that names every attribute of every object, colour by colour."""
-    things = sorted(scene.things, key=lambda thing: [*COLOURS].index(thing.colour))
-    return ", ".join(f"{t.colour} {t.shape} {t.size} {t.shade} {t.texture} {t.quadrant}" for t in things)
+    """A caption that names every attribute of every object in reading order."""
+    return ", ".join(f"{t.quadrant} {t.size} {t.shade} {t.texture} {t.colour} {t.shape}" for t in scene.things)
 
 
 @dataclass(frozen=True)
@@ -209,13 +212,6 @@ def score(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str
             asked[group] += 1
             right[group] += is_correct(prediction, question.answer)
     return {group: right[group] / asked[group] for group in (*KINDS["semantic"], *KINDS["detail"], *KINDS, "all") if asked[group]}
-
-
-def _exists(things: Sequence[Thing], thing: Thing, chance: random.Random) -> tuple[str, str]:
-    """The question whether there is a `colour` `shape`, and its answer; a no is near: the colour is there in another shape."""
-    yes = chance.random() < 0.5
-    shape = thing.shape if yes else chance.choice([shape for shape in SHAPES if shape != thing.shape])
-    return f"is there a {thing.colour} {shape}?", "yes" if yes else "no"
 
 
 def _paint(thing: Thing) -> tuple[int, int, int]:
