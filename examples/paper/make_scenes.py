@@ -2,8 +2,8 @@
 
 python examples/paper/make_scenes.py runs/paper/data
 
-writes train/ and test/ (pictures), align.json (LLaVA records of the training pictures: captions and
-questions), train.json (questions alone), train.jsonl and
+writes train/ and test/ (pictures), captions.json and train.json (LLaVA records of the training pictures:
+their captions, their questions), train.jsonl and
 test.jsonl (the questions with their type), and tokenizer.model.
 """
 
@@ -37,9 +37,9 @@ def make(folder: Path, train: int, test: int, seed: int) -> None:
                 captioned.append(picture.scene)
         scenes.write_questions(questions, folder / f"{split}.jsonl")
         if split == "train":
-            records = conversations(questions, questions_per_sample=9, seed=seed)
+            records = conversations(questions, questions_per_sample=10, seed=seed)
     captions = scenes.caption_records(captioned)
-    for name, content in (("align", [*captions, *records]), ("train", records)):
+    for name, content in (("captions", captions), ("train", records)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     train_tokenizer([*captions[:2000], *records[:2000]], folder / "tokenizer.model", VOCABULARY)
 

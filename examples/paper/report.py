@@ -16,20 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from htc_megatron.config import ConfigError  # noqa: E402
 from htc_megatron.evaluation import scenes  # noqa: E402
-from htc_megatron.evaluation.seeds import Estimate, difference, retention, verdict  # noqa: E402
+from htc_megatron.evaluation.retention import LOWER, PAPER, PAPER_BOUNDS, UPPER, Bounds, markdown, mean  # noqa: E402
+from htc_megatron.evaluation.seeds import Estimate, difference, verdict  # noqa: E402
 
 SCORES = ("semantic", "detail", "all")
 Table = dict[str, dict[int, dict[str, float]]]  # figures in percent, by model, seed and score
 
-MAIN = {  # by the name of the model's file: what it is called, and its retention in the paper
-    "upper": ("upper bound: no compression", 100.0),
-    "qformer": ("Q-Former", 57.2),
-    "average": ("average pooling", 64.1),
-    "voco_llama": ("VoCo-LLaMA", 81.0),
-    "discrete": ("discrete channel only", 33.0),
-    "htc": ("HTC-VLM", 87.2),
-    "lower": ("lower bound: not trained for it", 0.0),
+MAIN = {  # by the name of the model's file
+    "upper": UPPER,
+    "qformer": "Q-Former",
+    "average": "average pooling",
+    "voco_llama": "VoCo-LLaMA",
+    "discrete": "discrete channel only",
+    "htc": "HTC-VLM",
+    "lower": LOWER,
 }
+PAPER_KEPT = {title: mean(PAPER_BOUNDS.retention(row)) for title, row in PAPER.items()} | {MAIN["discrete"]: 33.0}  # retention, percent
 ABLATIONS = {  # by title: the models by what they differ in; htc is the paper's choice
     "mask": {"htc": "star", "mask_full": "full"},
     "fusion": {"htc": "pre", "fusion_post": "post", "fusion_parallel": "parallel"},
@@ -64,7 +66,6 @@ CLAIMS = (
     Claim("htc", "anchors_kmeans", "MGVQ anchors > k-means", "no figure"),
     Claim("num_voco_64", "htc", "64 voco tokens > 1", "89.8 / 87.2 %"),
 )
-KEPT = 87.2  # percent of the way from the lower to the upper bound that HTC-VLM keeps, in the paper
 
 
 def read(run: Path) -> Table:
@@ -83,37 +84,39 @@ def of(table: Table, model: str, score: str) -> dict[int, float]:
     return {seed: figures[score] for seed, figures in table[model].items()}
 
 
-def retentions(table: Table, model: str, score: str = "all") -> dict[int, float]:
-    """A model's retention in percent by seed, between the bounds of the same seed."""
-    bounds = table.get("lower", {}).keys() & table.get("upper", {}).keys()
-    return {
-        seed: retention(figures[score], table["lower"][seed][score], table["upper"][seed][score])
+def retentions(table: Table, model: str, score: str = "all") -> list[float]:
+    """A model's retention in percent of each seed, between the bounds of the same seed."""
+    upper, lower = table.get("upper", {}), table.get("lower", {})
+    return [
+        Bounds(upper[seed], lower[seed]).retention({score: figures[score]})[score]
         for seed, figures in table[model].items()
-        if seed in bounds
-    }
+        if seed in upper and seed in lower
+    ]
 
 
-def main_table(table: Table, blind: dict[str, float]) -> Iterator[str]:
-    """Markdown lines. blind: figures of who does not look."""
-    yield "| model | semantic | detail | all | retention, % | in the paper, % |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for model, (title, paper) in MAIN.items():
+def _cells(table: Table, model: str) -> list[str]:
+    return [str(Estimate.of([*of(table, model, score).values()])) for score in SCORES]
+
+
+def main_table(table: Table, blind: dict[str, float]) -> str:
+    """Markdown. blind: figures, in [0, 1], of who does not look."""
+    lines = []
+    for model, title in MAIN.items():
         if model in table:
             kept = retentions(table, model)
-            cells = [*(str(Estimate.of([*of(table, model, score).values()])) for score in SCORES)]
-            yield f"| {title} | {' | '.join(cells)} | {Estimate.of([*kept.values()]) if kept else ''} | {paper:.1f} |"
-    yield f"| reading without looking | {' | '.join(f'{100 * blind[score]:.1f}' for score in SCORES)} | | |"
+            lines.append([title, *_cells(table, model), str(Estimate.of(kept)) if kept else "", f"{PAPER_KEPT[title]:.1f}"])
+    lines.append(["reading without looking", *(f"{100 * blind[score]:.1f}" for score in SCORES), "", ""])
+    return markdown(["model", *SCORES, "retention, %", "in the paper, %"], lines)
 
 
-def ablation_table(table: Table, models: dict[str, str], title: str) -> Iterator[str]:
-    """Markdown lines of one ablation, with the difference to the paper's choice seed by seed."""
-    yield f"| {title} | semantic | detail | all | all, less that of HTC-VLM |"
-    yield "| --- | --- | --- | --- | --- |"
+def ablation_table(table: Table, models: dict[str, str], title: str) -> str:
+    """Markdown of one ablation, with the difference to the paper's choice seed by seed."""
+    lines = []
     for model, label in models.items():
         if model in table:
-            cells = [str(Estimate.of([*of(table, model, score).values()])) for score in SCORES]
-            less = "" if model == "htc" or "htc" not in table else difference(of(table, model, "all"), of(table, "htc", "all"))
-            yield f"| {label} | {' | '.join(cells)} | {less} |"
+            less = "" if model == "htc" or "htc" not in table else str(difference(of(table, model, "all"), of(table, "htc", "all")))
+            lines.append([label, *_cells(table, model), less])
+    return markdown([title, *SCORES, "all, less that of HTC-VLM"], lines)
 
 
 def judged(table: Table) -> Iterator[tuple[Claim, dict[str, Estimate], str]]:
@@ -124,16 +127,14 @@ def judged(table: Table) -> Iterator[tuple[Claim, dict[str, Estimate], str]]:
             yield claim, found, verdict(found["all"])
 
 
-def claim_table(table: Table) -> Iterator[str]:
-    """Markdown lines of all claims."""
-    yield "| the paper says | there | here: semantic | detail | all | verdict |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for claim, found, said in judged(table):
-        yield f"| {claim.text} | {claim.paper} | {' | '.join(str(found[score]) for score in SCORES)} | {said} |"
-    if kept := retentions(table, "htc") if "htc" in table else {}:
-        found = Estimate.of([*kept.values()])
-        said = verdict(Estimate(found.mean - KEPT, found.half))
-        yield f"| HTC-VLM keeps at least {KEPT} % | {KEPT} % | | | {found} % | {said} |"
+def claim_table(table: Table) -> str:
+    """Markdown of all claims."""
+    lines = [[claim.text, claim.paper, *(str(found[score]) for score in SCORES), said] for claim, found, said in judged(table)]
+    if kept := retentions(table, "htc") if "htc" in table else []:
+        found, wanted = Estimate.of(kept), PAPER_KEPT["HTC-VLM"]
+        said = verdict(Estimate(found.mean - wanted, found.half))
+        lines.append([f"HTC-VLM keeps {wanted:.1f} % or more", "retention", "", "", str(found), said])
+    return markdown(["the paper says", "there", *(f"here: {score}" for score in SCORES), "verdict"], lines)
 
 
 def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
@@ -150,7 +151,7 @@ def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
         errors = [estimate.half if estimate.half != float("inf") else 0.0 for estimate in found]  # one seed has no error bar
         at = [index + 0.27 * (place - 1) for index in range(len(shown))]
         axes.bar(at, [estimate.mean for estimate in found], 0.25, yerr=errors, capsize=3, label=score, color=colour)
-    axes.set_xticks(range(len(shown)), [models[model].replace(": ", ":\n") for model in shown], fontsize=8)
+    axes.set_xticks(range(len(shown)), [models[model].replace(" ", "\n") for model in shown], fontsize=8)
     axes.set(xlabel=title, ylabel="accuracy, %", ylim=(0, 100))
     axes.legend(ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path, dpi=130)
@@ -161,11 +162,11 @@ def report(table: Table, blind: dict[str, float]) -> str:
     """The whole report in Markdown, with the plots' names in it."""
     seeds = {len(figures) for figures in table.values()}
     many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-    parts = [f"Means over {many} seeds with 95% confidence intervals, in percent.", "", *main_table(table, blind), "", "![](main.png)"]
+    parts = [f"Means over {many} seeds with 95% confidence intervals, in percent.", "", main_table(table, blind), "", "![](main.png)"]
     for title, models in ABLATIONS.items():
         if len(models.keys() & table.keys()) > 1:
-            parts += ["", *ablation_table(table, models, title), "", f"![]({file_name(title)})"]
-    return "\n".join([*parts, "", *claim_table(table), ""])
+            parts += ["", ablation_table(table, models, title), "", f"![]({file_name(title)})"]
+    return "\n".join([*parts, "", claim_table(table), ""])
 
 
 def file_name(title: str) -> str:
@@ -180,7 +181,7 @@ def main() -> int:
         table = read(options.run)
         train, test = (scenes.read_questions(options.run / "data" / f"{split}.jsonl") for split in ("train", "test"))
         text = report(table, scenes.score(test, scenes.blind(train, test)))
-        plot(table, {model: title for model, (title, _) in MAIN.items()}, "model", options.run / "main.png")
+        plot(table, MAIN, "model", options.run / "main.png")
         for title, models in ABLATIONS.items():
             if len(models.keys() & table.keys()) > 1:
                 plot(table, models, title, options.run / file_name(title))

@@ -5,8 +5,8 @@ python examples/paper/run.py --only main          the main table alone; also: ab
 python examples/paper/report.py runs/paper        the tables, plots and what the paper claims, from all that is finished
 
 models/ has a file for each model, laid on base.yaml. All start from the same weights of a seed (stage1.yaml), and learn for the same
-number of steps from the same conversations in the same order. What is finished is not done again; --set changes settings of all
-models, in a folder of its own.
+number of steps from the same conversations in the same order. What is finished is not done again. Settings are those of the YAML
+files; a folder holds results of one setting.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import steps  # noqa: E402
 
-from htc_megatron.config import ConfigError, MGVQConfig  # noqa: E402
+from htc_megatron.config import ConfigError  # noqa: E402
 from htc_megatron.config_io import load_config, to_dict  # noqa: E402
 from htc_megatron.training.mgvq_trainer import REPORT, WEIGHTS  # noqa: E402
 
@@ -68,46 +68,41 @@ def compresses(name: str) -> bool:
     return model.method.num_voco_tokens <= model.vision.num_patches
 
 
-def mgvq_name(mgvq: MGVQConfig) -> str:
-    """What an MGVQ and the data with its codes are called in the run's folder."""
-    return f"g{mgvq.groups}c{mgvq.codebook_size}"
-
-
 def plan(options: argparse.Namespace) -> dict[str, Step]:
     """All steps by name."""
     out: Path = options.out
     data = out / "data"
-    shared = [f"tokenizer={data / 'tokenizer.model'}", *options.set]
+    tokenizer = f"tokenizer={data / 'tokenizer.model'}"
     found = {"scenes": Step(data, (), steps.make_data, (data, options.train_pictures, options.test_pictures, 0))}
-    align = out / "prepared" / "align"
-    found["align"] = Step(align, ("scenes",), steps.make_prepared, (data, "align", align, None))
+    captions = out / "prepared" / "captions"
+    found["captions"] = Step(captions, ("scenes",), steps.make_prepared, (data, "captions", captions, None))
     for seed in range(options.seeds):
         folder = out / "stage1" / str(seed)
-        settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={align}", f"output_dir={folder}", *shared]
+        settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={captions}", f"output_dir={folder}", tokenizer]
         result = folder / "checkpoints" / "latest"
-        stage1 = Step(result, ("align",), steps.make_stage1, (load_config(STAGE1, settings),))
+        stage1 = Step(result, ("captions",), steps.make_stage1, (load_config(STAGE1, settings),))
         found[f"stage1/{seed}"] = stage1
         for name in model_names(options.only):
-            found |= _model(name, seed, out, shared)
+            found |= _model(name, seed, out, tokenizer)
     return found
 
 
-def _model(name: str, seed: int, out: Path, shared: list[str]) -> dict[str, Step]:
+def _model(name: str, seed: int, out: Path, tokenizer: str) -> dict[str, Step]:
     """The steps of a model: its own, and those of the MGVQ and the codes that it reads."""
     data, folder = out / "data", out / "models" / name / str(seed)
-    config = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"], shared)
-    codes = mgvq_name(config.model.mgvq)
+    files = [HERE / "base.yaml", MODELS / f"{name}.yaml"]
+    sizes = load_config(files).model.mgvq
+    codes = f"g{sizes.groups}c{sizes.codebook_size}"  # what an MGVQ and the data with its codes are called
     mgvq, train = out / "mgvq" / codes / WEIGHTS, out / "prepared" / codes
-    sizes = [f"model.{key}={getattr(config.model.mgvq, key)}" for key in ("groups", "codebook_size")]
-    places = [f"images={data / 'train'}", f"output_dir={mgvq.parent}"]
-    settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={train}", f"mgvq_checkpoint={mgvq}"]
-    settings += [f"output_dir={folder}", f"init_from={folder / 'start'}", *shared]
-    config = load_config([HERE / "base.yaml", MODELS / f"{name}.yaml"], settings)
+    settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={train}", f"mgvq_checkpoint={mgvq}", tokenizer]
+    config = load_config(files, [*settings, f"output_dir={folder}", f"init_from={folder / 'start'}"])
+    of_mgvq = [f"model.groups={sizes.groups}", f"model.codebook_size={sizes.codebook_size}"]
+    of_mgvq += [f"images={data / 'train'}", f"output_dir={mgvq.parent}"]
     trained = config.training.train_iters > 0  # else it has the weights of the upper bound
     before = f"stage1/{seed}" if trained else f"upper/{seed}"
     source = out / ("stage1" if trained else "models/upper") / str(seed) / "checkpoints"
     return {
-        f"mgvq/{codes}": Step(mgvq.with_name(REPORT), ("scenes",), steps.make_mgvq, (HERE / "mgvq.yaml", sizes + places)),
+        f"mgvq/{codes}": Step(mgvq.with_name(REPORT), ("scenes",), steps.make_mgvq, (HERE / "mgvq.yaml", of_mgvq)),
         f"codes/{codes}": Step(train, (f"mgvq/{codes}",), steps.make_prepared, (data, "train", train, mgvq)),
         f"{name}/{seed}": Step(folder / "hf", (before, f"codes/{codes}"), steps.make_model, (config, source)),
         f"{name}/{seed}/answers": Step(folder / steps.RESULTS, (f"{name}/{seed}",), steps.make_answers, (config, data)),
@@ -163,7 +158,6 @@ def main() -> int:
     add("--seeds", type=int, default=3, help="seeds of each model (default %(default)s)")
     add("--jobs", type=int, default=2, help="runs side by side, a core each (default %(default)s)")
     add("--out", type=Path, default=Path("runs/paper"), help="folder to work in (default %(default)s)")
-    add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as training.train_iters=100")
     add("--train-pictures", type=int, default=10000, help="(default %(default)s)")
     add("--test-pictures", type=int, default=600, help="(default %(default)s)")
     options = parser.parse_args()

@@ -5,6 +5,7 @@ run.py          tasks through an exported model; answers.py keeps the answers on
 retention.py    figures between two bounds, and the paper's
 records.py      files of benchmarks, checked; spreadsheets.py tables among them
 choices.py      letters of multiple choice; vqa_answers.py has VQA's rules, easy_vqa.py the quick start's data
+scenes.py       generated pictures and questions about them; seeds.py what runs of several seeds say
 lmms_eval_*.py  the model as lmms-eval sees it
 compare.py      two models, tensor by tensor and by their logits
 attention.py    where the voco row looks

@@ -41,8 +41,3 @@ def verdict(found: Estimate) -> str:
     if found.mean - found.half > 0:
         return HOLDS
     return FAILS if found.mean + found.half < 0 else OPEN
-
-
-def retention(figure: float, lower: float, upper: float) -> float:
-    """Share, in percent, of the way from the lower bound to the upper one (VoCo-LLaMA's measure)."""
-    return 100 * (figure - lower) / (upper - lower)
