@@ -76,7 +76,7 @@ def test_the_picture_shows_what_is_described(index):
 @pytest.mark.parametrize("attribute", ["shape", "shade", "texture"])
 def test_every_look_changes_the_picture(attribute):
     choices = {"shape": scenes.SHAPES, "shade": scenes.SHADES, "texture": scenes.TEXTURES}[attribute]
-    other = thing("red", "circle", "bottom right", 48, 48)
+    other = thing("red", "ring", "bottom right", 48, 48)
     looks = {"shape": "square"} | {attribute: None}
     drawn = set()
     for choice in choices:

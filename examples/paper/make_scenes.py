@@ -3,7 +3,7 @@
 python examples/paper/make_scenes.py runs/paper/data
 
 writes train/ and test/ (pictures), captions.json and train.json (LLaVA records of the training pictures:
-their captions, their questions), train.jsonl and
+their captions; captions and questions), train.jsonl and
 test.jsonl (the questions with their type), and tokenizer.model.
 """
 
@@ -39,7 +39,7 @@ def make(folder: Path, train: int, test: int, seed: int) -> None:
         if split == "train":
             records = conversations(questions, questions_per_sample=10, seed=seed)
     captions = scenes.caption_records(captioned)
-    for name, content in (("captions", captions), ("train", records)):
+    for name, content in (("captions", captions), ("train", [*captions, *records])):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     train_tokenizer([*captions[:2000], *records[:2000]], folder / "tokenizer.model", VOCABULARY)
 

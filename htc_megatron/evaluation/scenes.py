@@ -27,7 +27,7 @@ from htc_megatron.evaluation.easy_vqa import is_correct, majority_answers
 SIDE = 64  # pixels
 FINE = 4  # pictures are drawn this many times larger and reduced, which smooths edges
 COLOURS = {"red": (205, 45, 45), "green": (40, 160, 60), "blue": (50, 80, 215), "yellow": (215, 190, 35)}
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("square", "ring", "cross")
 SHADES = ("light", "dark")
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": (6.0, 7.5), "large": (11.0, 12.5)}  # half of an object's width in pixels, from and to
@@ -225,11 +225,13 @@ def _outline(thing: Thing, corner: tuple[int, int]) -> Image.Image:
     mask = Image.new("L", (SIDE * FINE // 2,) * 2)
     canvas = ImageDraw.Draw(mask)
     x, y, r = FINE * thing.x - corner[0], FINE * thing.y - corner[1], FINE * thing.radius
-    if thing.shape == "triangle":
-        canvas.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=255)
+    if thing.shape == "square":
+        canvas.rectangle((x - r, y - r, x + r, y + r), fill=255)
+    elif thing.shape == "ring":
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=255, width=round(r / 2))
     else:
-        paint = canvas.ellipse if thing.shape == "circle" else canvas.rectangle
-        paint((x - r, y - r, x + r, y + r), fill=255)
+        canvas.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=255)
+        canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=255)
     return mask
 
 
