@@ -30,7 +30,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return product(rows, weight)
+        found = product(rows.flatten(0, -2), weight)
+        return torch.ops.aten._unsafe_view(found, (*rows.shape[:-1], len(weight)))  # no view: it may be changed where it lies
 
     @staticmethod
     def backward(ctx, grad: Tensor):
