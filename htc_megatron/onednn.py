@@ -5,11 +5,22 @@ slow at the few rows of a question, and some percent slower in the forward and t
 as and where they are. The op is not a public one: where torch lacks it, nothing changes.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # whether this torch has the op
+
+if AVAILABLE:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def operations(rows: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **more: Any) -> int:
+        """Of a product of these shapes, for torch's FlopCounterMode, which does not know the op; a multiply-add is two."""
+        return 2 * math.prod(rows) * weight[0]
 
 
 def serves(rows: Tensor, weight: Tensor) -> bool:
