@@ -69,14 +69,15 @@ def test_the_picture_shows_what_is_described(index):
         if found is not None:
             assert (xs.min() >= 32) == (xs.max() >= 32) == found.quadrant.endswith("right")
             assert (ys.min() >= 32) == (ys.max() >= 32) == found.quadrant.startswith("bottom")
-            width = xs.max() - xs.min() + 1
-            assert (width > 18) == (found.size == "large"), (width, found)
+            width, height = xs.max() - xs.min() + 1, ys.max() - ys.min() + 1
+            assert (max(width, height) > 18) == (found.size == "large"), (width, height, found)
+            assert found.shape == ("bar" if width > 1.5 * height else "pillar" if height > 1.5 * width else "square")
 
 
 @pytest.mark.parametrize("attribute", ["shape", "shade", "texture"])
 def test_every_look_changes_the_picture(attribute):
     choices = {"shape": scenes.SHAPES, "shade": scenes.SHADES, "texture": scenes.TEXTURES}[attribute]
-    other = thing("red", "ring", "bottom right", 48, 48)
+    other = thing("red", "square", "bottom right", 48, 48)
     looks = {"shape": "square"} | {attribute: None}
     drawn = set()
     for choice in choices:
@@ -118,13 +119,13 @@ def test_quadrants_and_colours_name_one_object_each():
 
 
 def test_scores_of_both_kinds(tmp_path):
-    questions = [Question(0, "a", "circle", "shape"), Question(0, "b", "red", "left"), Question(1, "c", "top left", "position")]
+    questions = [Question(0, "a", "bar", "shape"), Question(0, "b", "red", "left"), Question(1, "c", "top left", "position")]
     scenes.write_questions(questions, tmp_path / "q.jsonl")
     assert scenes.read_questions(tmp_path / "q.jsonl") == questions
-    found = scenes.score(questions, ["Circle ", "blue", "top left"])
+    found = scenes.score(questions, ["Bar ", "blue", "top left"])
     assert found == {"shape": 1.0, "left": 0.0, "position": 1.0, "semantic": 0.5, "detail": 1.0, "all": 2 / 3}
     with pytest.raises(ValueError):
-        scenes.score(questions, ["circle"])
+        scenes.score(questions, ["bar"])
 
 
 def test_scenes_are_drawn_from_the_given_chance_alone():

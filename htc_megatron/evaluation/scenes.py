@@ -27,10 +27,10 @@ from htc_megatron.evaluation.easy_vqa import is_correct, majority_answers
 SIDE = 64  # pixels
 FINE = 4  # pictures are drawn this many times larger and reduced, which smooths edges
 COLOURS = {"red": (205, 45, 45), "green": (40, 160, 60), "blue": (50, 80, 215), "yellow": (215, 190, 35)}
-SHAPES = ("square", "ring", "cross")
+SHAPES = {"square": (1.0, 1.0), "bar": (1.0, 0.4), "pillar": (0.4, 1.0)}  # width and height, of the size's
 SHADES = ("light", "dark")
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": (6.0, 7.5), "large": (11.0, 12.5)}  # half of an object's width in pixels, from and to
+SIZES = {"small": (6.0, 7.5), "large": (11.0, 12.5)}  # half of an object's longer side in pixels, from and to
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = (2, 3, 4)
 KINDS = {"semantic": ("shape", "colour", "exists", "left", "above"), "detail": ("shade", "texture", "size", "position", "count")}
@@ -46,7 +46,7 @@ CHOICES = {"shape": 3, "colour": 4, "texture": 3, "count": 3, "position": 4}  # 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a scene. x, y: its middle, radius: half its width, all in pixels."""
+    """An object of a scene. x, y: its middle, radius: half its longer side, all in pixels."""
 
     colour: str
     shape: str
@@ -93,7 +93,7 @@ def make_scene(chance: random.Random) -> Scene:
         room = SIDE / 4 - 1 - radius  # an object stays within its quadrant
         middle_x = SIDE / 4 + SIDE / 2 * quadrant.endswith("right")
         middle_y = SIDE / 4 + SIDE / 2 * quadrant.startswith("bottom")
-        looks = chance.choice(SHAPES), chance.choice(SHADES), chance.choice(TEXTURES)
+        looks = chance.choice([*SHAPES]), chance.choice(SHADES), chance.choice(TEXTURES)
         place = middle_x + chance.uniform(-room, room), middle_y + chance.uniform(-room, room)
         things.append(Thing(colour, *looks, size, quadrant, *place, radius))
     return Scene(tuple(things), chance.randrange(105, 150))
@@ -223,15 +223,9 @@ def _paint(thing: Thing) -> tuple[int, int, int]:
 def _outline(thing: Thing, corner: tuple[int, int]) -> Image.Image:
     """A mask of the object in its quadrant, which begins at `corner`."""
     mask = Image.new("L", (SIDE * FINE // 2,) * 2)
-    canvas = ImageDraw.Draw(mask)
+    canvas, (width, height) = ImageDraw.Draw(mask), SHAPES[thing.shape]
     x, y, r = FINE * thing.x - corner[0], FINE * thing.y - corner[1], FINE * thing.radius
-    if thing.shape == "square":
-        canvas.rectangle((x - r, y - r, x + r, y + r), fill=255)
-    elif thing.shape == "ring":
-        canvas.ellipse((x - r, y - r, x + r, y + r), outline=255, width=round(r / 2))
-    else:
-        canvas.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=255)
-        canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=255)
+    canvas.rectangle((x - r * width, y - r * height, x + r * width, y + r * height), fill=255)
     return mask
 
 
