@@ -27,7 +27,7 @@ from htc_megatron.evaluation.easy_vqa import is_correct, majority_answers
 SIDE = 64  # pixels
 FINE = 4  # pictures are drawn this many times larger and reduced, which smooths edges
 COLOURS = {"red": (205, 45, 45), "green": (40, 160, 60), "blue": (50, 80, 215), "yellow": (215, 190, 35)}
-SHAPES = {"square": (1.0, 1.0), "bar": (1.0, 0.4), "pillar": (0.4, 1.0)}  # width and height, of the size's
+SHAPES = {"square": (1.0, 1.0), "bar": (1.0, 0.5), "pillar": (0.5, 1.0)}  # width and height, of the size's
 SHADES = ("light", "dark")
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": (6.0, 7.5), "large": (11.0, 12.5)}  # half of an object's longer side in pixels, from and to
