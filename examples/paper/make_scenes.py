@@ -47,7 +47,7 @@ def make(folder: Path, train: int, test: int, seed: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write to")
-    parser.add_argument("--train", type=int, default=12000, help="pictures to train on (default %(default)s)")
+    parser.add_argument("--train", type=int, default=10000, help="pictures to train on (default %(default)s)")
     parser.add_argument("--test", type=int, default=600, help="pictures to test on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and questions (default %(default)s)")
     options = parser.parse_args()
