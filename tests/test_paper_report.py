@@ -39,7 +39,7 @@ def test_interval_of_three_seeds():
 
 
 def test_interval_of_other_numbers_of_seeds():
-    assert Estimate.of([5.0]) == Estimate(5.0, math.inf)
+    assert Estimate.of([5.0]) == Estimate(5.0, math.inf) and str(Estimate.of([5.0])) == "5.0 (one seed)"
     assert Estimate.of([1, 3]).half == pytest.approx(12.7062)  # standard deviation sqrt(2), over sqrt(2)
     assert Estimate.of([0, 2] * 20).half == pytest.approx(2.1314 * math.sqrt(40 / 39) / math.sqrt(40))
     with pytest.raises(ValueError, match="no value"):
@@ -92,9 +92,9 @@ def test_report_of_a_run(tmp_path):
     (tmp_path / "models" / "qformer" / "0").mkdir(parents=True)
     table = report.read(tmp_path)
     assert table.keys() == TABLE.keys() | {"fusion_post"} and table["htc"][1]["all"] == pytest.approx(71)
-    text = report.report(table, {"semantic": 0.4, "detail": 0.3, "all": 0.35})
+    text = report.report(table, {"semantic": 40, "detail": 30, "all": 50})
     assert "| HTC-VLM | 71.0 ± 2.5 | 69.0 ± 2.5 | 70.0 ± 2.5 | 75.0 ± 6.2 | 87.2 |" in text
-    assert "| reading without looking | 40.0 | 30.0 | 35.0 |  |  |" in text
+    assert "| reading without looking | 40.0 | 30.0 | 50.0 | 25.0 ± 0.0 |  |" in text
     assert "| full | 70.0 ± 6.6 | 68.0 ± 6.6 | 69.0 ± 6.6 | -1.0 ± 6.6 |" in text and "Q-Former" not in text
     with pytest.raises(ConfigError, match="has no results"):
         report.read(tmp_path / "models")

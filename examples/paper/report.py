@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -99,13 +100,15 @@ def _cells(table: Table, model: str) -> list[str]:
 
 
 def main_table(table: Table, blind: dict[str, float]) -> str:
-    """Markdown. blind: figures, in [0, 1], of who does not look."""
+    """Markdown. blind: figures in percent of who does not look; as retention they say how little a low one means."""
     lines = []
-    for model, title in MAIN.items():
-        if model in table:
+    table = table | {"blind": dict.fromkeys(table.get("upper", ()), blind)}
+    for model, title in (MAIN | {"blind": "reading without looking"}).items():
+        if table.get(model):
             kept = retentions(table, model)
-            lines.append([title, *_cells(table, model), str(Estimate.of(kept)) if kept else "", f"{PAPER_KEPT[title]:.1f}"])
-    lines.append(["reading without looking", *(f"{100 * blind[score]:.1f}" for score in SCORES), "", ""])
+            cells = [f"{blind[score]:.1f}" for score in SCORES] if model == "blind" else _cells(table, model)
+            paper = f"{PAPER_KEPT[title]:.1f}" if title in PAPER_KEPT else ""
+            lines.append([title, *cells, str(Estimate.of(kept)) if kept else "", paper])
     return markdown(["model", *SCORES, "retention, %", "in the paper, %"], lines)
 
 
@@ -148,7 +151,7 @@ def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(shown), 3.6), layout="constrained")
     for place, (score, colour) in enumerate(zip(SCORES, ("#4878a8", "#d08030", "#707070"), strict=True)):
         found = [Estimate.of([*of(table, model, score).values()]) for model in shown]
-        errors = [estimate.half if estimate.half != float("inf") else 0.0 for estimate in found]  # one seed has no error bar
+        errors = [estimate.half if isfinite(estimate.half) else 0.0 for estimate in found]  # one seed has no error bar
         at = [index + 0.27 * (place - 1) for index in range(len(shown))]
         axes.bar(at, [estimate.mean for estimate in found], 0.25, yerr=errors, capsize=3, label=score, color=colour)
     axes.set_xticks(range(len(shown)), [models[model].replace(" ", "\n") for model in shown], fontsize=8)
@@ -161,8 +164,8 @@ def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
 def report(table: Table, blind: dict[str, float]) -> str:
     """The whole report in Markdown, with the plots' names in it."""
     seeds = {len(figures) for figures in table.values()}
-    many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-    parts = [f"Means over {many} seeds with 95% confidence intervals, in percent.", "", main_table(table, blind), "", "![](main.png)"]
+    many = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seed{'s' * (max(seeds) > 1)}"
+    parts = [f"Means over {many} with 95% confidence intervals, in percent.", "", main_table(table, blind), "", "![](main.png)"]
     for title, models in ABLATIONS.items():
         if len(models.keys() & table.keys()) > 1:
             parts += ["", ablation_table(table, models, title), "", f"![]({file_name(title)})"]
@@ -180,7 +183,8 @@ def main() -> int:
     try:
         table = read(options.run)
         train, test = (scenes.read_questions(options.run / "data" / f"{split}.jsonl") for split in ("train", "test"))
-        text = report(table, scenes.score(test, scenes.blind(train, test)))
+        blind = scenes.score(test, scenes.blind(train, test))
+        text = report(table, {name: 100 * share for name, share in blind.items()})
         plot(table, MAIN, "model", options.run / "main.png")
         for title, models in ABLATIONS.items():
             if len(models.keys() & table.keys()) > 1:

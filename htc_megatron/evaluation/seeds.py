@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from statistics import fmean, stdev
 
 # 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom
@@ -28,7 +28,7 @@ class Estimate:
         return cls(fmean(values), quantile * stdev(values) / sqrt(len(values)))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{self.mean:.1f}" + (f" ± {self.half:.1f}" if isfinite(self.half) else " (one seed)")
 
 
 def difference(better: dict[int, float], worse: dict[int, float]) -> Estimate:
