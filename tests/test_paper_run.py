@@ -52,7 +52,8 @@ def test_what_steps_wait_for(tmp_path):
 
 
 def test_models_differ_in_nothing_but_their_files(tmp_path):
-    """Steps, seeds, data and order are the same; only what a model's file says, and where it is kept, is another."""
+    """Steps, seeds and data are the same; only what a model's file says, where it is kept, and the rows' length is another: 512 tokens
+    for the upper bound's 64 an image, and for others so many that they hold as many conversations of 80 tokens with their images."""
     plan = run.plan(options(tmp_path, "main", seeds=2))
     for seed in (0, 1):
         found = [to_dict(plan[f"{name}/{seed}"].arguments[0]) for name in run.MAIN if name != "lower"]
@@ -60,6 +61,15 @@ def test_models_differ_in_nothing_but_their_files(tmp_path):
             assert config["training"]["seed"] == config["data"]["seed"] == seed
             for key in ("model", "init_from", "output_dir"):
                 del config[key]
+        lengths = [config["training"].pop("seq_length") for config in found]
+        assert dict(zip([name for name in run.MAIN if name != "lower"], lengths, strict=True)) == {
+            "upper": 512,
+            "qformer": 288,
+            "average": 288,
+            "voco_llama": 516,
+            "discrete": 302,
+            "htc": 530,
+        }
         assert all(config == found[0] for config in found)
 
 

@@ -5,7 +5,7 @@ python examples/paper/run.py --only main          the main table alone; also: ab
 python examples/paper/report.py runs/paper        the tables, plots and what the paper claims, from all that is finished
 
 models/ has a file for each model, laid on base.yaml. All start from the same weights of a seed (stage1.yaml), and learn for the same
-number of steps from the same conversations in the same order. What is finished is not done again. Settings are those of the YAML
+number of steps from the same conversations, about as many a step. What is finished is not done again. Settings are those of the YAML
 files; a folder holds results of one setting.
 """
 
@@ -26,13 +26,16 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import steps  # noqa: E402
 
-from htc_megatron.config import ConfigError  # noqa: E402
+from htc_megatron.config import ConfigError, RunConfig  # noqa: E402
 from htc_megatron.config_io import load_config, to_dict  # noqa: E402
 from htc_megatron.training.mgvq_trainer import REPORT, WEIGHTS  # noqa: E402
 
 MODELS = HERE / "models"
 STAGE1 = [HERE / "base.yaml", MODELS / "upper.yaml", HERE / "stage1.yaml"]
 MAIN = ("upper", "lower", "qformer", "average", "voco_llama", "discrete", "htc")
+
+
+CONVERSATION = 80  # text tokens of a conversation, on average over captions and questions
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ def compresses(name: str) -> bool:
     return model.method.num_voco_tokens <= model.vision.num_patches
 
 
+def seq_length(config: RunConfig) -> int:
+    """Length of packed rows that hold as many conversations as those of the upper bound, of base.yaml's length, however many tokens
+    the model's images take: a step is then one of as many conversations for every model."""
+    of_upper = load_config(STAGE1).model.tokens_per_image
+    return round(config.training.seq_length * (CONVERSATION + config.model.tokens_per_image) / (CONVERSATION + of_upper))
+
+
 def plan(options: argparse.Namespace) -> dict[str, Step]:
     """All steps by name."""
     out: Path = options.out
@@ -95,7 +105,8 @@ def _model(name: str, seed: int, out: Path, tokenizer: str) -> dict[str, Step]:
     codes = f"g{sizes.groups}c{sizes.codebook_size}"  # what an MGVQ and the data with its codes are called
     mgvq, train = out / "mgvq" / codes / WEIGHTS, out / "prepared" / codes
     settings = [f"training.seed={seed}", f"data.seed={seed}", f"data.train={train}", f"mgvq_checkpoint={mgvq}", tokenizer]
-    config = load_config(files, [*settings, f"output_dir={folder}", f"init_from={folder / 'start'}"])
+    settings += [f"training.seq_length={seq_length(load_config(files))}", f"output_dir={folder}", f"init_from={folder / 'start'}"]
+    config = load_config(files, settings)
     of_mgvq = [f"model.groups={sizes.groups}", f"model.codebook_size={sizes.codebook_size}"]
     of_mgvq += [f"images={data / 'train'}", f"output_dir={mgvq.parent}"]
     trained = config.training.train_iters > 0  # else it has the weights of the upper bound
