@@ -9,7 +9,7 @@ from htc_megatron.benchmarks import generate
 from htc_megatron.benchmarks.answering import Asked, Sizes
 from htc_megatron.benchmarks.generate import build, step_bytes
 from htc_megatron.config import ConfigError
-from htc_megatron.onednn import OneDnnLinear
+from htc_megatron.inference.onednn import OneDnnLinear
 
 TINY = dict(hidden=32, layers=3, heads=4, vocabulary=64, tower_hidden=16, tower_layers=3, tower_heads=2, image_size=32, patch_size=8)
 

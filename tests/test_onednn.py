@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from htc_megatron.onednn import AVAILABLE, OneDnnLinear, Product, use_onednn
+from htc_megatron.inference.onednn import AVAILABLE, OneDnnLinear, use_onednn
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch has no oneDNN linear")
 
@@ -54,14 +54,3 @@ def test_only_plain_linears_change():
     model = use_onednn(nn.Sequential(Own(2, 2), nn.Linear(2, 2), nn.ReLU()))
     assert [type(module) for module in model] == [Own, OneDnnLinear, nn.ReLU]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-@pytest.mark.parametrize("shape", [(5, 96), (4, 1, 96)])
-def test_gradients_of_a_product(shape):
-    rows, weight = torch.randn(shape, requires_grad=True), torch.randn(40, 96, requires_grad=True)
-    onto = torch.randn(*shape[:-1], 40)
-    wanted = torch.autograd.grad(nn.functional.linear(rows, weight), (rows, weight), onto)
-    changed = Product.apply(rows, weight).mul_(2)  # as mcore's cross-entropy changes logits
-    found = torch.autograd.grad(changed, (rows, weight), onto / 2)
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -32,8 +32,8 @@ from htc_megatron.benchmarks.answering import (
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
+from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import ImageStore, file_key
-from htc_megatron.onednn import use_onednn
 from htc_megatron.training.flops import peak_flops
 
 

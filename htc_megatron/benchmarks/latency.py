@@ -21,8 +21,8 @@ from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 from htc_megatron.inference import ImageStore, load, read_image
+from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import file_key
-from htc_megatron.onednn import use_onednn
 
 TITLES = {
     "pixels": "from the picture's file",

@@ -5,6 +5,7 @@ conversation.py  turn after turn from one cache
 likelihood.py    how likely given answers are
 store.py         images' keys and values on disk
 compress.py      image files into a store
+onednn.py        fp32 products on CPU
 """
 
 from htc_megatron.inference.answer import answer, ask, load, require_export

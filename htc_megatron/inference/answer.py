@@ -13,8 +13,8 @@ from htc_megatron.hf.cache_htc_vlm import VocoCache
 from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
+from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import ImageStore
-from htc_megatron.onednn import use_onednn
 
 
 def require_export(folder: str | Path) -> None:

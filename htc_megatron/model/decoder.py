@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from htc_megatron import onednn
 from htc_megatron.model.attention import LayoutParams
 from htc_megatron.model.elementwise import forget, rms_norm, rotary_, swiglu
 
@@ -87,13 +86,11 @@ class _SelectiveLinear(torch.autograd.Function):
         for zone, out, few in zip(zones, found.split(sizes), (False, bare), strict=True):
             if not len(zone):
                 continue
-            matrix, out = layer.part(weight, few), out.view(len(zone), -1)
-            if onednn.serves(zone, matrix):
-                out.copy_(onednn.product(zone, matrix, None if bias is None else layer.part(bias, few)))
-            elif bias is None:
-                torch.mm(zone, matrix.T, out=out)
+            matrix, out = layer.part(weight, few).T, out.view(len(zone), -1)
+            if bias is None:
+                torch.mm(zone, matrix, out=out)
             else:
-                torch.addmm(layer.part(bias, few), zone, matrix.T, out=out)
+                torch.addmm(layer.part(bias, few), zone, matrix, out=out)
         return found
 
     @staticmethod
@@ -108,7 +105,7 @@ class _SelectiveLinear(torch.autograd.Function):
         if len(rest):
             grads.append(rest.view(-1, len(layer.part(weight[:, :1], ctx.bare))))
         for of_zone, few in zip(grads, (False, ctx.bare), strict=False):
-            found = onednn.product(of_zone, layer.part(weight, few).T)
+            found = of_zone @ layer.part(weight, few)
             if layer.sequence_parallel:
                 share = found.new_empty(len(found) // tp, found.shape[1])
                 waits.append((dist.reduce_scatter_tensor(share, found, group=layer.tp_group, async_op=True), found))

@@ -6,8 +6,6 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from htc_megatron.onednn import product
-
 LOGITS_AT_ONCE = 2**23  # entries on one rank: 32 MiB in fp32; enough rows for a matrix product to run at full speed
 
 
@@ -52,11 +50,11 @@ class _CrossEntropy(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if of_rows else None
         d_weight: Tensor | None = None  # summed in fp32 where there are several chunks
         for part, target, at in zip(rows.split(chunk), targets.split(chunk), range(0, len(rows), chunk), strict=True):
-            share, wrong = _softmax(product(part, weight), target - layer.first, layer.real, layer.tp_group)
+            share, wrong = _softmax(part @ weight.T, target - layer.first, layer.real, layer.tp_group)
             loss += wrong.sum()
             share = share.to(weight.dtype)
             if of_rows:
-                d_rows[at : at + chunk] = product(share, weight.T)
+                torch.mm(share, weight, out=d_rows[at : at + chunk])
             if not of_weight:
                 continue
             if d_weight is None and len(rows) <= chunk:

@@ -12,8 +12,6 @@ from importlib.metadata import version
 
 import torch
 
-from htc_megatron import onednn
-
 READ_FROM = {"megatron-core": "0.16.1", "deepspeed": "0.19.8"}
 
 
@@ -69,31 +67,6 @@ def megatron_on_cpu() -> None:
     _must_have(mcore_random, "_set_cuda_rng_state", "_get_cuda_rng_state")
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     mcore_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
-
-
-def products_by_onednn() -> None:
-    """On CPU, have megatron-core's linears multiply as onednn.py does, where they exchange nothing in between: torch.matmul stands in
-    the middle of an autograd function of theirs. Elsewhere, and for what that function does beside, it stays theirs."""
-    if torch.cuda.is_available() or not onednn.AVAILABLE:
-        return
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
-    for kind in (ColumnParallelLinear, RowParallelLinear):
-        _must_have(kind, "_forward_impl")
-        if not hasattr(kind._forward_impl, "htc_onednn"):
-            kind._forward_impl = _by_onednn(kind._forward_impl)
-
-
-def _by_onednn(theirs: Callable) -> Callable:
-    def multiply(self, input, weight, bias, **rest):
-        beside = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
-        if not weight.requires_grad or not onednn.serves(input, weight) or any(rest[name] not in (None, False) for name in beside):
-            return theirs(self, input, weight, bias=bias, **rest)
-        output = onednn.Product.apply(input, weight)
-        return output if bias is None else output + bias
-
-    multiply.htc_onednn = True
-    return multiply
 
 
 def deepspeed_without_shm_op() -> None:
@@ -159,7 +132,7 @@ PIECE = 2**10  # entries whose squares are added up in fp32: a norm right to 1e-
 
 def norm_by_pieces(engine) -> None:
     """Have DeepSpeed take the norms of pieces of gradients for the gradients, whose norm is the same: it copies each gradient to fp64
-    before its norm, twice the memory of the largest one and, on CPU, 5 % of a step."""
+    before its norm, which takes twice the memory of the largest one and, on two CPU cores, 112 ms instead of 7 for 33M entries."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     if isinstance(engine.optimizer, BF16_Optimizer):  # ZeRO-1 in bf16: copies nothing
