@@ -39,6 +39,9 @@ def run_without(mend: str, changes: dict, zero_json: dict) -> list[tuple[float, 
 
         with replaced(patches, "count_norm_by_tp_rank", by_file_rank):
             return run_steps(changes, zero_json)
+    if mend == "pieces":
+        with replaced(patches, "norm_by_pieces", lambda engine: None):
+            return run_steps(changes, zero_json)
     assert mend == "gas"
     original = zero.deepspeed_config
     with replaced(zero, "deepspeed_config", lambda *args: original(*args) | {"gradient_accumulation_steps": MICROS}):

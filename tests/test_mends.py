@@ -55,3 +55,10 @@ def test_norm_counts_replicated_parameters_once_a_stage(ranks, reference, zero):
     layout = Layout(tp=2, pp=2, zero=zero)
     assert_same(steps_of(ranks, layout), reference)
     assert wrong(broken(ranks, "rank", layout), reference)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_norm_by_pieces_is_deepspeeds_own(ranks, zero):
+    """Compared with what it stands for, since a fault of it would be the same in every layout."""
+    layout = Layout(tp=2, dp=2, zero=zero)
+    assert_same(steps_of(ranks, layout), broken(ranks, "pieces", layout))

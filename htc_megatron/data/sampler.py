@@ -34,11 +34,6 @@ class GlobalBatchSampler:
         self.consumed_batches = consumed_batches
         self._reach(consumed_batches)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Whole global batches of the current epoch; another epoch may pack into a few more or less."""
-        return self._end - self._first
-
     def next_batch(self) -> tuple[int, list[list[int]]]:
         """(epoch, the next global_batch_size rows), each row a list of sample indices."""
         self._reach(self.consumed_batches)

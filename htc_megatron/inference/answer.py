@@ -141,13 +141,26 @@ def _begin(
 ) -> tuple[VocoCache, Tensor, Tensor]:
     """Cache, ids and attention mask of beginnings (images, ids)."""
     ids, mask = _pad([list(row) for _, row in begun], processor, model.device)
-    numbers = {image: place for place, image in enumerate(dict.fromkeys(image for named, _ in begun for image in named))}
-    places = torch.tensor([numbers[image] for named, _ in begun for image in named])
-    inputs = image_inputs(model, processor, [images[image] for image in numbers], store)
-    if store is None and not why_not_alone(model.config):  # each once, however many beginnings it has
-        inputs = {"image_keys_values": model.compress_images(**inputs)}
-    inputs = {name: values[places.to(values.device)] for name, values in inputs.items()}
+    inputs = inputs_of_rows(model, processor, images, [image for named, _ in begun for image in named], store)
     return model.compress(ids, attention_mask=mask, **inputs), ids, mask
+
+
+def inputs_of_rows(
+    model: HTCVLMForConditionalGeneration,
+    processor: HTCVLMProcessor,
+    images: Sequence[Any],
+    numbers: Sequence[int],
+    store: ImageStore | None = None,
+) -> dict[str, Tensor]:
+    """What the model takes of images[number] for each number, repeats allowed: each image is compressed once where it can be alone."""
+    if not numbers:
+        return {}
+    place = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
+    inputs = image_inputs(model, processor, [images[number] for number in place], store)
+    if store is None and not why_not_alone(model.config):
+        inputs = {"image_keys_values": model.compress_images(**inputs)}
+    places = torch.tensor([place[number] for number in numbers])
+    return {name: values[places.to(values.device)] for name, values in inputs.items()}
 
 
 def image_inputs(

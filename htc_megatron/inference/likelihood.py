@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from htc_megatron.config import ConfigError
-from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMProcessor
-from htc_megatron.inference.answer import prompt
+from htc_megatron.inference.answer import inputs_of_rows, prompt
 
 
 class Likelihood(NamedTuple):
@@ -47,7 +45,9 @@ def likelihoods(
         batch = order[first : first + batch_size]
         tails = [len(rows[index]) - before[index] for index in batch]
         padded = processor.tokenizer.pad({"input_ids": [rows[index] for index in batch]}, padding_side="left", return_tensors="pt")
-        inputs = padded.to(model.device) | _images(model, processor, images, [number for index in batch for number in asked[index][0]])
+        inputs = padded.to(model.device) | inputs_of_rows(
+            model, processor, images, [number for index in batch for number in asked[index][0]]
+        )
         logits = model(**inputs, logits_to_keep=max(tails) + 1).logits[:, :-1].float()
         wanted = inputs["input_ids"][:, -max(tails) :]
         logs = logits.log_softmax(-1).gather(-1, wanted[:, :, None])[:, :, 0]
@@ -56,18 +56,3 @@ def likelihoods(
         for row, (index, tail) in enumerate(zip(batch, tails, strict=True)):
             found[index] = Likelihood(float(logs[row, -tail:].sum()), tail, bool(best[row, -tail:].all()))
     return found
-
-
-def _images(
-    model: HTCVLMForConditionalGeneration, processor: HTCVLMProcessor, images: Sequence[Any], numbers: Sequence[int]
-) -> dict[str, Tensor]:
-    """What the model takes of images, one a row, repeats allowed."""
-    if not numbers:
-        return {}
-    once = list(dict.fromkeys(numbers))
-    pixels = processor.image_processor.preprocess([images[number] for number in once])
-    inputs = {name: values.to(model.device) for name, values in pixels.items()}
-    if not why_not_alone(model.config):
-        inputs = {"image_keys_values": model.compress_images(**inputs)}
-    places = torch.tensor([once.index(number) for number in numbers])
-    return {name: values[places.to(values.device)] for name, values in inputs.items()}

@@ -39,18 +39,6 @@ class ImageShape:
         return self.num_visual + self.num_voco
 
     @property
-    def anchor_slice(self) -> slice:
-        """Where the anchors stand in V_hy."""
-        start = self.num_patches if self.fusion == "post" else 0
-        return slice(start, start + self.num_anchors)
-
-    @property
-    def patch_slice(self) -> slice:
-        """Where the patches stand in V_hy."""
-        start = 0 if self.fusion == "post" else self.num_anchors
-        return slice(start, start + self.num_patches)
-
-    @property
     def span(self) -> int:
         """RoPE positions V_hy takes. With fusion `parallel` both channels run over the patches' positions."""
         return self.num_patches if self.fusion == "parallel" else self.num_visual
