@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from htc_megatron.inference import answer, ask, load
 from htc_megatron.weights.export import export
@@ -28,6 +28,7 @@ include: {package}/tasks/pope/pope.yaml
 task: pope_local
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}}}}}
+generation_kwargs: {{max_new_tokens: {tokens}}}
 """
 CHOICE = """\
 task: choice_local
@@ -41,6 +42,7 @@ doc_to_choice: ["yes", "no there is not"]
 doc_to_target: "{{{{0 if answer == 'yes' else 1}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+TOKENS = 12  # random weights soon go round in circles, and how often decides itself by the order of additions
 CHOICES = ["yes", "no there is not"]
 
 
@@ -50,9 +52,10 @@ def run(tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("lmms")
-    reader, _ = made(folder, seed=8, num_voco_tokens=2)  # one that says different things to different pictures
+    reader, _ = made(folder, seed=26, num_voco_tokens=2)  # one that says different things to different pictures
     export(reader, folder / "hf")
-    pictures = [Image.effect_noise((20, 13), 80).convert("RGB"), Image.radial_gradient("L").convert("RGB")]
+    picture = Image.radial_gradient("L").convert("RGB")
+    pictures = [ImageOps.invert(picture), picture]
     columns = {
         "question_id": [str(number) for number in range(len(QUESTIONS))],
         "question": [question for _, question, _ in QUESTIONS],
@@ -64,7 +67,7 @@ def run(tmp_path_factory):
     (folder / "tasks").mkdir()
     for name, text in (("pope", POPE), ("choice", CHOICE)):
         package = Path(LMMS_EVAL.origin).parent
-        (folder / "tasks" / f"{name}.yaml").write_text(text.format(package=package, data=folder / "data.parquet"))
+        (folder / "tasks" / f"{name}.yaml").write_text(text.format(package=package, data=folder / "data.parquet", tokens=TOKENS))
     (folder / "tasks" / "choice.py").write_text("def pictures(doc):\n    return [doc['image']]\n")
     # one thread here and there: a model of random weights has near ties, which another order of additions decides otherwise
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -91,7 +94,8 @@ def test_lmms_eval_finds_the_plugin():
 
 def test_its_pope_task_scores_the_models_answers(run):
     out, model, processor, pictures = run
-    wanted = answer(model, processor, pictures, [(number, question + SHORT) for number, question, _ in QUESTIONS], 128, batch_size=4)
+    asked = [(number, question + SHORT) for number, question, _ in QUESTIONS]
+    wanted = sum((answer(model, processor, pictures, asked[first : first + 4], TOKENS, batch_size=4) for first in (0, 4)), [])
     given = [texts[0] if isinstance(texts, list) else texts for texts in out["samples"]["pope_local"]]
     assert given == wanted and given[0] != given[2]  # one question, two pictures
     right = sum(text.lower() == answer for text, (_, _, answer) in zip(given, QUESTIONS, strict=True))
