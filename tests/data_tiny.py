@@ -73,6 +73,11 @@ def png(seed: int, width: int = 20, height: int = 20) -> bytes:
     return buffer.getvalue()
 
 
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A grey picture of noise, the same every time: what a model of random weights says of it may hang by a thread."""
+    return Image.fromarray(np.random.default_rng((seed, width, height)).integers(0, 256, (height, width), np.uint8))
+
+
 def turns(*texts: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from htc_megatron.checkpoint import CheckpointReader
@@ -215,7 +214,7 @@ def run(tmp_path_factory) -> tuple[Path, list[str]]:
 def answered(checkpoints: Path, out: Path) -> str:
     export(CheckpointReader(checkpoints), out, system="Look.")
     model, processor = load(out)
-    return ask(model, processor, [Image.effect_noise((20, 13), 80)], "what?", 3)
+    return ask(model, processor, [data_tiny.noise(20, 13)], "what?", 3)
 
 
 @pytest.mark.parametrize("method", [dict(resampler="qformer", num_resampled_tokens=3), dict(anchor_source="kmeans")], ids=str)
@@ -251,7 +250,7 @@ def test_from_data_without_codes_to_an_answer(ranks, run, tmp_path, row):
     assert [step for step, *_ in ranks(4).run(train, str(path), settings)[0]] == [1, 2]
     assert [step for step, *_ in ranks(4).run(train, str(path), [*settings, "training.train_iters=3"])[0]] == [3]
     assert isinstance(answered(tmp_path / "run" / "checkpoints", tmp_path / "hf"), str)
-    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    picture = data_tiny.noise(300, 200).convert("RGB")
     models = (open_model(tmp_path / "run" / "checkpoints"), open_model(tmp_path / "hf"))
     greatest, _, seen = compare_logits(*models, picture)
     assert greatest < 1e-4 and seen

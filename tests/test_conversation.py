@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -15,6 +14,7 @@ from htc_megatron.config import ConfigError
 from htc_megatron.inference import Conversation, ask, load
 from htc_megatron.inference.answer import message
 from htc_megatron.weights.export import export
+from tests.data_tiny import noise
 from tests.hf_tiny import made
 from tests.test_hf_export import ROOT, tool
 from tests.test_hf_generate import TOLERANCE
@@ -24,7 +24,7 @@ VARIANTS = [
     for (mask, run), image_sees in itertools.product((("star", 1), ("full", 2), ("none", 0)), ("own", "prefix"))
 ] + [dict(text_sees="voco_on"), dict(fusion="parallel", num_voco_tokens=2)]
 TURNS = [(2, "red <image> or <image> blue ?"), (0, "is it red ?"), (1, "what shape is in the image ?"), (0, "green")]
-PICTURES = [Image.effect_noise((20, 13 + i), 80).convert("RGB") for i in range(3)]
+PICTURES = [noise(20, 13 + i).convert("RGB") for i in range(3)]
 
 
 def exported(folder, **variant):

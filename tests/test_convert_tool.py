@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from htc_megatron.checkpoint import CheckpointReader
@@ -33,7 +32,7 @@ def files(tmp_path_factory) -> Path:
     tensors, flat = original_llava(llava(), tower=False)
     write(root / "original", tensors, flat)
     mgvq_file(root / "mgvq.pt")
-    Image.effect_noise((30, 20), 80).convert("RGB").save(root / "picture.png")
+    data_tiny.noise(30, 20).convert("RGB").save(root / "picture.png")
     made = tool("convert.py", "import", root / "llama", root / "clip", root / "mgvq.pt", root / "hybrid", "--set", *HYBRID)
     assert made.status == 0, made.error
     made = tool("convert.py", "import", root / "llava", root / "uncompressed", "--set", *CONTINUOUS, *UNCOMPRESSED)

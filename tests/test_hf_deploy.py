@@ -32,6 +32,7 @@ from transformers import (
 import htc_megatron.hf as ours
 from htc_megatron.inference import ask
 from htc_megatron.weights.export import AUTO_CONFIG, CODE_FILES, export, hf_from_tensors
+from tests.data_tiny import noise
 from tests.hf_tiny import made
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def test_our_import_makes_trust_unnecessary(deployed, tmp_path, trust):
 def test_low_precision_leaves_the_codes_alone(deployed):
     """.to(dtype) of model and inputs, as every model card has it, must not move an argmax."""
     model = AutoModelForImageTextToText.from_pretrained(deployed.folder)
-    images = [Image.effect_noise((40, 30), 90) for _ in range(8)]
+    images = [noise(40, 30, i) for i in range(8)]
     exact = deployed.processor.image_processor(images, return_tensors="pt")["mgvq_pixel_values"]
     wanted = model.model.mgvq.encode(exact)
     inputs = deployed.processor(text="<image>" * 8, images=images, return_tensors="pt")

@@ -21,6 +21,7 @@ from htc_megatron.evaluation.attention import draw, voco_attention
 from htc_megatron.inference import answer, ask, load
 from htc_megatron.weights import weights
 from htc_megatron.weights.export import export, hf_from_tensors, hf_tensors
+from tests.data_tiny import noise
 from tests.hf_tiny import made, tiny_images, tiny_training_config, tiny_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def exported(tmp_path_factory):
             writer.add(name, tensor)
     done = tool("convert.py", "export", folder / "checkpoints", folder / "hf")
     assert done.status == 0, done.error
-    Image.effect_noise((20, 13), 80).convert("RGB").save(folder / "picture.png")
+    noise(20, 13).convert("RGB").save(folder / "picture.png")
     return folder / "hf", reader, mgvq
 
 
@@ -86,7 +87,7 @@ def test_every_variant_exports_and_loads(tmp_path, variant):
     model, processor = load(tmp_path / "hf")
     same = hf_from_tensors(reader.config.model, reader.tensors, mgvq)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
-    picture = Image.effect_noise((20, 13), 80)
+    picture = noise(20, 13)
     inputs = processor(text="what <image> is it", images=picture, return_tensors="pt")
     # mapped files are aligned otherwise than tensors in memory, which changes the order of sums
     torch.testing.assert_close(model(**inputs).logits, same(**inputs).logits, atol=1e-6, rtol=0)
@@ -136,7 +137,7 @@ def test_low_precision_keeps_mgvq(tmp_path):
     model, processor = load(tmp_path / "hf")
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.model.mgvq.parameters()} == {torch.float32}
-    assert isinstance(ask(model, processor, [Image.effect_noise((20, 13), 80)], "is it red ?", 3), str)
+    assert isinstance(ask(model, processor, [noise(20, 13)], "is it red ?", 3), str)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_many_questions_get_the_answers_of_one(tmp_path, variant):
     reader, _ = made(tmp_path, seed=3, **variant)
     export(reader, tmp_path / "hf")
     model, processor = load(tmp_path / "hf")
-    pictures = [Image.effect_noise((20, 13 + i), 80) for i in range(5)]
+    pictures = [noise(20, 13 + i) for i in range(5)]
     texts = ["what shape is in the image ?", "is it red ?", "<image> is in front", "green"]
     texts[2] = "what is the color of the circle ?"
     questions = [(i % 5, texts[i % 3 + i % 2]) for i in range(13)]
@@ -189,7 +190,7 @@ def test_many_questions_get_the_answers_of_one(tmp_path, variant):
 def test_attention_is_a_share_of_one(exported, tmp_path):
     folder, reader, _ = exported
     model, processor = load(folder)
-    pictures = [Image.effect_noise((30, 18), 80), Image.effect_noise((10, 18), 80)]
+    pictures = [noise(30, 18), noise(10, 18)]
     found = voco_attention(model, processor, pictures)
     assert model.config._attn_implementation == "sdpa"
     anchors, patches = torch.tensor(found.anchor_weights), torch.tensor(found.patch_weights)
@@ -208,7 +209,7 @@ def test_attention_of_one_layer_by_hand(exported):
     """First layer, straight from the weights: softmax of the voco row's scores over V_hy and itself."""
     folder, _, _ = exported
     model, processor = load(folder)
-    picture = Image.effect_noise((30, 18), 80)
+    picture = noise(30, 18)
     found = voco_attention(model, processor, [picture])
     v_hy = model.get_image_features(**processor.image_processor.preprocess([picture]))
     voco = model.get_input_embeddings()(torch.tensor([[processor.image_token_id]]))
@@ -233,7 +234,7 @@ def test_tools_answer_and_draw(exported, tmp_path):
     assert "uniform: 0.333" in drawn.out
     one = json.loads((tmp_path / "deep" / "a.json").read_text())
     (tmp_path / "pictures").mkdir()
-    Image.effect_noise((13, 13), 80).save(tmp_path / "pictures" / "other.png")
+    noise(13, 13).save(tmp_path / "pictures" / "other.png")
     for given, name in (([tmp_path / "pictures"], "b"), ([picture, tmp_path / "pictures"], "c")):
         images = [word for path in given for word in ("--image", path)]
         assert tool("attention_map.py", folder, *images, "--out", tmp_path / f"{name}.png").status == 0

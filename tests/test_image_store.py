@@ -12,6 +12,7 @@ from htc_megatron.config import ConfigError
 from htc_megatron.inference import ImageStore, answer, ask, compress_into, image_files, load
 from htc_megatron.inference.store import file_key, model_fingerprint
 from htc_megatron.weights.export import export
+from tests.data_tiny import noise
 from tests.hf_tiny import made
 from tests.test_hf_export import tool
 
@@ -41,7 +42,7 @@ def exported(tmp_path_factory):
     export(reader, folder / "hf")
     (folder / "pictures" / "deep").mkdir(parents=True)
     for i in range(6):
-        Image.effect_noise((20, 13 + i), 80).convert("RGB").save(folder / "pictures" / ("deep" if i % 2 else "") / f"{i}.png")
+        noise(20, 13 + i).convert("RGB").save(folder / "pictures" / ("deep" if i % 2 else "") / f"{i}.png")
     return folder / "hf", folder / "pictures"
 
 
@@ -98,7 +99,7 @@ def test_running_again_compresses_what_is_new(exported, filled, tmp_path):
     more.mkdir()
     (more / "same.png").write_bytes((pictures / "0.png").read_bytes())
     (more / "broken.png").write_bytes((pictures / "2.png").read_bytes()[:40])
-    Image.effect_noise((9, 9), 80).save(more / "new.png")
+    noise(9, 9).save(more / "new.png")
     grown = tool("compress_images.py", folder, more, "--store", filled)
     assert grown.status == 1 and "1 images compressed, 1 were there, 1 left out; 7 in all" in grown.out
     assert "broken.png is left out: " in grown.error

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from htc_megatron.evaluation.compare import compare_logits, open_model
 from htc_megatron.hf.processing_htc_vlm import clip_pixels
+from tests.data_tiny import noise
 from tests.import_tiny import VOCAB, clip, llama, llava, qwen2
 from tests.import_worker import features_of, logits_of
 from tests.test_import import CONTINUOUS, imported, small_tower
@@ -25,7 +25,7 @@ BEFORE, AFTER = [1, 5, 9, 30], [7, 11, 2, 40, 33, 21, 8]
 
 @pytest.fixture(scope="module")
 def picture() -> torch.Tensor:
-    return clip_pixels(Image.effect_noise((300, 200), 80).convert("RGB"), 336)[None]
+    return clip_pixels(noise(300, 200).convert("RGB"), 336)[None]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_clip_features(ranks, files, picture, tp):
 @pytest.mark.parametrize("name, sees", [("llava", True), ("llama", False), ("qwen2-tied", False)])
 def test_verify_finds_the_same_logits(files, name, sees):
     """The user's own check, between a checkpoint and what it was imported from."""
-    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    picture = noise(300, 200).convert("RGB")
     greatest, agree, seen = compare_logits(open_model(files / name), open_model(files / f"{name}-in"), picture)
     assert greatest < 1e-4 and agree == 1.0 and seen == sees
     greatest, agree, _ = compare_logits(open_model(files / "llama"), open_model(files / "qwen2-in"), None)

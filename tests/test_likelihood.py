@@ -6,6 +6,7 @@ from PIL import Image
 from htc_megatron.config import ConfigError
 from htc_megatron.inference import ask, likelihoods, load
 from htc_megatron.weights.export import export
+from tests.data_tiny import noise
 from tests.hf_tiny import made
 
 QUESTION = "is it red ?"
@@ -15,7 +16,7 @@ def exported(folder, **method):
     """A model and its processor, and two pictures."""
     reader, _ = made(folder, seed=6, **method)
     export(reader, folder / "hf")
-    return *load(folder / "hf"), [picture.convert("RGB") for picture in (Image.effect_noise((20, 13), 80), Image.radial_gradient("L"))]
+    return *load(folder / "hf"), [picture.convert("RGB") for picture in (noise(20, 13), Image.radial_gradient("L"))]
 
 
 def plain_loss(model, processor, pictures, question, given):

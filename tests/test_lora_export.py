@@ -6,7 +6,6 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from htc_megatron.checkpoint import CheckpointReader, CheckpointWriter
 from htc_megatron.config import ConfigError, LoraConfig
 from htc_megatron.inference.answer import load
 from htc_megatron.weights.table import is_adapter
+from tests.data_tiny import noise
 from tests.hf_tiny import made, tiny_weights
 from tests.import_tiny import llama
 from tests.test_hf_export import tool
@@ -51,7 +51,7 @@ def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(run):
     folder, _ = run
     merged, processor = load(folder / "merged")
     base, _ = load(folder / "base")
-    inputs = processor(text="what <image> is it red ?", images=Image.effect_noise((20, 13), 80), return_tensors="pt")
+    inputs = processor(text="what <image> is it red ?", images=noise(20, 13), return_tensors="pt")
     with torch.no_grad():
         plain = base(**inputs).logits
         adapted = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
