@@ -34,6 +34,7 @@ from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import ImageStore, file_key
+from htc_megatron.parallel.host_memory import keep_freed_memory
 from htc_megatron.training.flops import peak_flops
 
 
@@ -42,6 +43,7 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, Llava
 
     Raises ConfigError for sizes that make no model.
     """
+    keep_freed_memory()  # as `load` does
     with sizes_refused():
         uncompressed = LlavaConfig(
             vision_config=CLIPVisionConfig(**tower_sizes(sizes), num_hidden_layers=sizes.tower_layers),

@@ -15,6 +15,7 @@ from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import IMAGE_TOKEN, HTCVLMProcessor
 from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import ImageStore
+from htc_megatron.parallel.host_memory import keep_freed_memory
 
 
 def require_export(folder: str | Path) -> None:
@@ -35,6 +36,8 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises ConfigError where there is no such export.
     """
     require_export(folder)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     model = HTCVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return use_onednn(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
 

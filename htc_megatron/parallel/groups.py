@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from htc_megatron.config import ConfigError, ParallelConfig
 from htc_megatron.parallel import patches
+from htc_megatron.parallel.host_memory import keep_freed_memory
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -79,6 +80,8 @@ def initialise(parallel: ParallelConfig, seed: int) -> Groups:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     timeout = timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
