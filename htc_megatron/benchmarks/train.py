@@ -36,7 +36,7 @@ from htc_megatron.model.mask import MaskRule, dense_mask
 from htc_megatron.parallel import groups as process_groups
 
 PEERS = {"transformers": "transformers' LLaMA, 4-D mask, SDPA", "mcore": "mcore GPTModel, dense mask"}
-BUCKET = 5_000_000  # entries: one process has nothing to reduce, and a bucket is memory
+NOTHING_TO_REDUCE = {"reduce_bucket_size": 5_000_000, "contiguous_gradients": False}  # in one process buckets are but copies
 VOCO_ROW = "model.language_model.embed_tokens.weight"
 
 
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         batch = random_batch(config, 1, True)
         peers, difference = peers_of(config, batch, groups.device)
         zero = load_zero("zero1.json")
-        zero["zero_optimization"]["reduce_bucket_size"] = BUCKET
+        zero["zero_optimization"] |= NOTHING_TO_REDUCE
         engine = build_engine(config, zero, groups)
         steps: dict[str, Callable[[], object]] = {name: peer_step(peer, config) for name, peer in peers.items()}
         steps["ours"] = lambda: train_step(engine, [batch], config.optimizer.lr)
