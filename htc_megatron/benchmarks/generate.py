@@ -32,9 +32,9 @@ from htc_megatron.benchmarks.answering import (
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
+from htc_megatron.inference.answer import made_ready
 from htc_megatron.inference.onednn import use_onednn
 from htc_megatron.inference.store import ImageStore, file_key
-from htc_megatron.parallel.host_memory import keep_freed_memory
 from htc_megatron.training.flops import peak_flops
 
 
@@ -43,7 +43,6 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, Llava
 
     Raises ConfigError for sizes that make no model.
     """
-    keep_freed_memory()  # as `load` does
     with sizes_refused():
         uncompressed = LlavaConfig(
             vision_config=CLIPVisionConfig(**tower_sizes(sizes), num_hidden_layers=sizes.tower_layers),
@@ -61,7 +60,7 @@ def build(sizes: Sizes, mgvq: str) -> tuple[LlavaForConditionalGeneration, Llava
         renamed = {name.replace(f"projector.{theirs}.", f"projector.{mine}."): tensor for name, tensor in renamed.items()}
     own = ours.state_dict()
     ours.load_state_dict(own | {name: tensor for name, tensor in renamed.items() if name in own}, assign=True)
-    return peer, use_onednn(same), use_onednn(ours)
+    return peer, use_onednn(same), made_ready(ours)  # freed memory stays for all three: they share a process
 
 
 def step_bytes(model: PreTrainedModel) -> list[Tensor]:

@@ -21,9 +21,8 @@ from htc_megatron.hf.image_htc_vlm import why_not_alone
 from htc_megatron.hf.modeling_htc_vlm import HTCVLMForConditionalGeneration
 from htc_megatron.hf.processing_htc_vlm import HTCVLMImageProcessor
 from htc_megatron.inference import ImageStore, load, read_image
-from htc_megatron.inference.onednn import use_onednn
+from htc_megatron.inference.answer import made_ready
 from htc_megatron.inference.store import file_key
-from htc_megatron.parallel.host_memory import keep_freed_memory
 
 TITLES = {
     "pixels": "from the picture's file",
@@ -118,8 +117,7 @@ def loaded(args: argparse.Namespace, sizes: Sizes) -> tuple[HTCVLMForConditional
         model, processor = load(args.export, device=args.device)
         return model.requires_grad_(False), processor.image_processor
     torch.manual_seed(0)
-    keep_freed_memory()  # as `load` does
-    model = use_onednn(random_htc_vlm(sizes, args.mgvq).to(args.device))
+    model = made_ready(random_htc_vlm(sizes, args.mgvq).to(args.device))
     return model, HTCVLMImageProcessor(sizes.image_size, sizes.image_size)
 
 

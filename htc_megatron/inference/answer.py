@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from htc_megatron.config import ConfigError
 from htc_megatron.hf.cache_htc_vlm import VocoCache
@@ -36,10 +37,15 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises ConfigError where there is no such export.
     """
     require_export(folder)
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
     model = HTCVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return use_onednn(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
+    return made_ready(model.eval().to(device)), HTCVLMProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def made_ready(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes a model answer faster on CPU: oneDNN's products, and freed memory that stays with the process."""
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    return use_onednn(model)
 
 
 def message(question: str, num_images: int = 1) -> dict[str, Any]:

@@ -17,8 +17,8 @@ SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABL
 def keep_freed_memory() -> bool:
     """Blocks of up to 1 GiB come from the heap, and up to 2 GiB that are free at its end are kept. Returns whether it was done.
 
-    Not done with another C library, nor where the environment has settings, or an allocator, of its own. A process holds what it
-    once needed at most, and no more.
+    Not done with another C library, nor where the environment has settings, or an allocator, of its own. A process goes on holding
+    about what it once needed at most, and some more, as freed pieces do not always fit what is asked for next.
     """
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in SET_BY_USER):
         return False
