@@ -2,14 +2,18 @@
 
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from htc_megatron.checkpoint import latest
-from htc_megatron.training.life import STOPPED
+from htc_megatron.config import LifeConfig
+from htc_megatron.training.life import FAILED, FAULT, FINISHED, REFUSED, STOPPED, ExitStatus, Interrupt, Lives, NoProgress
 from tests.life_worker import stopped_run
-from tests.train_worker import train
+from tests.train_worker import entry_point, train
 from tests.training_tiny import make_run
 
 PP2 = ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=4"]
