@@ -31,7 +31,7 @@ def main() -> int:
                 return FINISHED
             status.belongs_to(config.output_dir, first)
             interrupt.limit(config.life)
-            train(config, interrupt, first)
+            train(config, interrupt, status, first)
             if first:
                 Lives(config.output_dir).finish()
                 status.write(FINISHED)
@@ -46,7 +46,7 @@ def main() -> int:
     return FINISHED
 
 
-def train(config: RunConfig, interrupt: Interrupt, first: bool) -> None:
+def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bool) -> None:
     """Check everything that can be checked, then make the process groups and train. Raises what `status_of` knows."""
     from htc_megatron.parallel.groups import launched_world_size
     from htc_megatron.parallel.support import refuse_untested
@@ -60,19 +60,22 @@ def train(config: RunConfig, interrupt: Interrupt, first: bool) -> None:
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.parallel.zero import refuse_unsupported
     from htc_megatron.training.trainer import Trainer, check_files, first_step
+    from htc_megatron.training.watchdog import Watchdog
 
     refuse_unsupported(config)
     check_files(config)
     if first:
         Lives(config.output_dir).begin(first_step(config), config.life.max_restarts_without_progress)
     groups = process_groups.initialise(config.parallel, config.training.seed)
-    try:
-        Trainer(config, zero, groups, interrupt).run()
-    except Exception as error:
-        if status_of(error) == FAULT:  # other ranks may be gone: taking the groups down could wait for them
+    with Watchdog(groups, config.life, status) as watchdog:
+        try:
+            Trainer(config, zero, groups, interrupt).run()
+        except Exception as error:
+            if status_of(error) == FAULT:  # other ranks may be gone: taking the groups down could wait for them
+                watchdog.mourn(error)
+                raise
+            process_groups.destroy()
             raise
-        process_groups.destroy()
-        raise
     process_groups.destroy()
 
 

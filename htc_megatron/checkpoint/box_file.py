@@ -26,6 +26,7 @@ from torch import Tensor
 
 from htc_megatron.checkpoint.boxes import Box
 from htc_megatron.checkpoint.errors import CheckpointError
+from htc_megatron.parallel import progress
 
 BLOCK = 4 << 20  # bytes that share a checksum in new files; what the smallest read costs
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -88,6 +89,7 @@ class CheckedWriter:
             self.filled += len(part)
             if self.filled == BLOCK:
                 self._flush()
+                progress.mark("save")  # where training waits for it: a large file is no sign of a hang
 
     def close(self) -> FileRecord:
         try:

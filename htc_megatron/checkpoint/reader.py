@@ -14,6 +14,7 @@ from htc_megatron.checkpoint.errors import CheckpointError
 from htc_megatron.checkpoint.folder import resolve
 from htc_megatron.checkpoint.manifest import CONFIG, Manifest, StoredTensor, config_from_bytes
 from htc_megatron.config import RunConfig
+from htc_megatron.parallel import progress
 from htc_megatron.weights.table import weights
 
 SUFFIX = ".safetensors"
@@ -82,6 +83,7 @@ class CheckpointReader:
 
     def read_box(self, key: str, box: Box, out: Tensor | None = None) -> Tensor:
         """A box of a stored tensor; into `out` (of the box's size, any type and device) if given."""
+        progress.mark("load")
         stored = self._stored(key)
         boxes = self.index[key]
         if out is None:

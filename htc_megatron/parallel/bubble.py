@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
 
 
@@ -84,7 +85,9 @@ class StageClock:
 
     def _add_up(self) -> None:
         """Turn marks into seconds, so that they do not pile up between two `read`s."""
-        self._busy += sum(self._seconds(name) for name in self.BUSY)
+        busy = sum(self._seconds(name) for name in self.BUSY)
+        self._busy += busy
+        progress.now.computed += busy
         self._whole += self._seconds(self.ALL)
 
     def _seconds(self, name: str) -> float:
@@ -101,9 +104,12 @@ class _Timer:
 
     def start(self, barrier: bool = False) -> None:
         self.clock.mark(self.name)
+        if self.name != StageClock.ALL:
+            progress.mark(self.name.removesuffix("-compute"), waiting=self.name not in StageClock.BUSY)
 
     def stop(self) -> None:
         self.clock.mark(self.name)
+        progress.now.waiting = False
 
 
 def measured_idle_shares(clock: StageClock, groups: Groups) -> list[float]:

@@ -71,6 +71,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> Groups:
     _stand_alone()
     on_gpu = torch.cuda.is_available()
     patches.megatron_on_cpu()
+    patches.name_collectives()
     import deepspeed
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel

@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 import torch
 
+from htc_megatron.parallel import progress
+
 READ_FROM = {"megatron-core": "0.16.1", "deepspeed": "0.19.8"}
 
 
@@ -78,6 +80,30 @@ def deepspeed_without_shm_op() -> None:
     if "deepspeed_shm_comm" not in deepspeed.ops.__compatible_ops__:
         raise RuntimeError("DeepSpeed no longer lists deepspeed_shm_comm among its ops: read patches.py against this version")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all_single", "barrier", "batch_isend_irecv",
+    "broadcast", "broadcast_object_list", "gather_object", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "send",
+)  # fmt: skip
+
+
+def name_collectives() -> None:
+    """Have every collective that is begun through torch.distributed noted by parallel/progress.py. Once a process."""
+    dist = torch.distributed
+    _must_have(dist, *COLLECTIVES)
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+        if hasattr(original, "htc_named"):
+            continue
+
+        @functools.wraps(original)
+        def named(*args, _original=original, _name=name, **kwargs):
+            with progress.collective(_name):
+                return _original(*args, **kwargs)
+
+        named.htc_named = True
+        setattr(dist, name, named)
 
 
 def without_trace(engine) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from htc_megatron.config import ConfigError, RunConfig
-from htc_megatron.parallel import patches
+from htc_megatron.parallel import patches, progress
 from htc_megatron.parallel.bubble import StageClock
 from htc_megatron.parallel.gather import Gatherer, GatherOptions, Pass, passes_of_1f1b
 from htc_megatron.parallel.groups import Groups
@@ -193,12 +193,14 @@ class ZeroEngine:
 
     def evaluate(self, forward_step: Callable, batches: Iterator, count: int, shape: tuple[int, int]) -> list:
         """Forward of `count` micro-batches. Returns the last stage's reports."""
+        progress.mark("evaluate")
         self.engine.eval()
         with self._gathered(["forward"] * count), torch.no_grad():
             return self._schedule(forward_step, batches, count, shape, forward_only=True)
 
     def step(self, lr: float) -> float:
         """One optimiser step on the gradients of `train`. Returns the global gradient norm before clipping."""
+        progress.mark("step")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)

@@ -17,6 +17,7 @@ from htc_megatron.data.packing import PACKER
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mgvq import load_codebook
 from htc_megatron.model.stages import describe_stages
+from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import sum_over
 from htc_megatron.training.build import build_engine, checkpoint_state
@@ -143,6 +144,7 @@ class Trainer:
         """Load what the run starts from. Returns the number of steps already done."""
         config = self.config
         found = latest(self.folder) if config.resume == "auto" else None
+        progress.mark("load")
         if found is not None:
             loaded = load(found, self.state)
             if loaded.config.model != config.model:
@@ -217,6 +219,7 @@ class Trainer:
     def _next_batches(self) -> list[MicroBatch]:
         """The data of the next step, or the end of the run where any rank is asked to stop: also while a rank waits for its data,
         which the others then wait for."""
+        progress.mark("data", self.step_number + 1)
         ready = self.loader.ready(0.0)
         while True:
             reason, waiting = self.meeting.agree(not ready)
@@ -268,6 +271,7 @@ class Trainer:
         """Write a checkpoint of this step, or begin to. wait: until it is written. Raises CheckpointError, on every rank alike, where
         it fails at once."""
         training, groups = self.config.training, self.groups
+        progress.mark("save")
         began = time.perf_counter()
         failed = self._end_save()
         what = {
