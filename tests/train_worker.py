@@ -46,9 +46,9 @@ def train(yaml: str, overrides: list[str], before: Callable[[Trainer], None] | N
     before = before or (lambda trainer: None)
     original = trainer_module.train_step
 
-    def recorded(engine, batches, lr):
+    def recorded(engine, batches, lr, *more):
         before(trainer)
-        result = original(engine, batches, lr)
+        result = original(engine, batches, lr, *more)
         found.append((trainer.step_number + 1, result.loss, result.grad_norm))
         return result
 

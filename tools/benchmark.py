@@ -25,6 +25,7 @@ COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "latency": "a question to HTC-VLM part by part: preparing, MGVQ, tower, projectors, compression, prefill, steps of decoding",
     "generate": "a question on a compressed image beside uncompressed LLaVA: seconds, their parts, and the floor",
     "data": "preparing images beside the encoder's bound, the loader, and how long training waits for it",
+    "faults": "runs killed at random and begun again, against the same left in peace: bit for bit",
     "convert": "import and export beside cp of the same bytes: seconds and peak memory",
 }
 FIRST = os.environ.get("RANK", "0") == "0"  # the rank that speaks

@@ -5,6 +5,7 @@ what is mended here otherwise fails silently, in the gradients.
 """
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -241,3 +242,38 @@ def frozen_stay_whole(optimizer, check: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del optimizer._partition_all_parameters
+
+
+@contextmanager
+def judged_step(optimizer, is_bad: Callable[[float], bool]) -> Iterator[None]:
+    """Within it, an optimiser's step leaves weights and states as they are, and frees the gradients, where `is_bad` says so of the
+    gradients' norm before clipping: the way DeepSpeed itself takes with a norm that is not finite. `is_bad` is called once a step."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    insides = sys.modules[type(optimizer).__module__]
+    _must_have(insides, "is_invalid_grad_norm")
+    invalid = insides.is_invalid_grad_norm
+
+    def judged(norm) -> bool:
+        bad = is_bad(float(norm))
+        return invalid(norm) or bad
+
+    by_stage_1_and_2 = isinstance(optimizer, DeepSpeedZeroOptimizer)
+    if by_stage_1_and_2:  # in bf16 it looks at the norm only with check_grad_overflow, which up to there would cost a pass over them all
+        _must_have(optimizer, "scaled_global_norm", "check_grad_overflow")
+        norm_of, checks = optimizer.scaled_global_norm, optimizer.check_grad_overflow
+
+        def norm_then_check(*args, **kwargs):
+            norm = norm_of(*args, **kwargs)
+            optimizer.check_grad_overflow = True
+            return norm
+
+        optimizer.scaled_global_norm = norm_then_check
+    insides.is_invalid_grad_norm = judged
+    try:
+        yield
+    finally:
+        insides.is_invalid_grad_norm = invalid
+        if by_stage_1_and_2:
+            optimizer.check_grad_overflow = checks
+            del optimizer.scaled_global_norm

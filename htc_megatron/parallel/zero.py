@@ -198,15 +198,28 @@ class ZeroEngine:
         with self._gathered(["forward"] * count), torch.no_grad():
             return self._schedule(forward_step, batches, count, shape, forward_only=True)
 
-    def step(self, lr: float) -> float:
-        """One optimiser step on the gradients of `train`. Returns the global gradient norm before clipping."""
+    def step(self, lr: float, is_bad: Callable[[float], bool] | None = None) -> float:
+        """One optimiser step on the gradients of `train`. Returns the global gradient norm before clipping.
+
+        is_bad: called once by every rank with that norm; where it is true, on all ranks alike, weights and optimiser stay as they are.
+        """
         progress.mark("step")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
-        with nullcontext() if self.gatherer is None else patches.frozen_stay_whole(self.optimizer, self.gatherer.check_cut):
+        norms: list[float] = []
+
+        def judge(norm: float) -> bool:
+            norms.append(norm)
+            return is_bad(norm)
+
+        whole = nullcontext() if self.gatherer is None else patches.frozen_stay_whole(self.optimizer, self.gatherer.check_cut)
+        judged = nullcontext() if is_bad is None else patches.judged_step(self.optimizer, judge)
+        with whole, judged:
             self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        if is_bad is not None and len(norms) != 1:
+            raise RuntimeError(f"the step was judged {len(norms)} times, wanted once: read patches.py against this DeepSpeed")
+        return norms[0] if norms else float(self.engine.get_global_grad_norm())
 
     def destroy(self) -> None:
         """Free the engine's hooks and buffers."""

@@ -1,6 +1,6 @@
 """One optimiser step, and one evaluation, over the micro-batches of a global batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,14 @@ from htc_megatron.parallel.zero import ZeroEngine, sum_over
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens of the global batch. tokens, images: of the global batch."""
+    """loss: mean over the supervised tokens of the global batch. tokens, images: of the global batch. applied: whether the optimiser
+    made the step; False: it was bad, and weights and optimiser are as they were."""
 
     loss: float
     grad_norm: float
     supervised_tokens: int
     images: int
+    applied: bool = True
 
 
 def _forward_step(scale: float):
@@ -51,14 +53,29 @@ def _mean_loss(reports: list[torch.Tensor], tokens: int, groups: Groups) -> floa
     return float(sum_over(total, groups.dp, groups.pp)) / max(tokens, 1)
 
 
-def train_step(engine: ZeroEngine, batches: list[MicroBatch], lr: float) -> StepResult:
-    """Forward, backward and update on this data-parallel rank's micro-batches. Called by every rank."""
+def train_step(
+    engine: ZeroEngine, batches: list[MicroBatch], lr: float, is_bad: Callable[[float, float], bool] | None = None
+) -> StepResult:
+    """Forward, backward and update on this data-parallel rank's micro-batches. Called by every rank.
+
+    is_bad: called with loss and gradient norm before the update, which is left out where it is true, on all ranks alike.
+    """
     groups = engine.groups
     tokens, images = _global_counts(batches, groups)
     scale = groups.dp_size / max(tokens, 1)  # DeepSpeed averages gradients over the data-parallel ranks
     reports = engine.train(_forward_step(scale), iter(batches), len(batches), engine.module.shape_between_stages(batches[0].layout))
     loss = _mean_loss(reports, tokens, groups)
-    return StepResult(loss, engine.step(lr), tokens, images)
+    if is_bad is None:
+        return StepResult(loss, engine.step(lr), tokens, images)
+    bad = False
+
+    def judge(norm: float) -> bool:
+        nonlocal bad
+        bad = is_bad(loss, norm)
+        return bad
+
+    norm = engine.step(lr, judge)
+    return StepResult(loss, norm, tokens, images, applied=not bad)
 
 
 def evaluate(engine: ZeroEngine, steps: Iterator[list[MicroBatch]]) -> float:

@@ -20,18 +20,21 @@ from htc_megatron.model.stages import describe_stages
 from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import sum_over
+from htc_megatron.training.bad_steps import BadSteps
 from htc_megatron.training.build import build_engine, checkpoint_state
 from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.life import Interrupt, Stopped, TrainingError
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.meeting import Meeting
 from htc_megatron.training.schedule import learning_rate
-from htc_megatron.training.step import evaluate, train_step
+from htc_megatron.training.step import StepResult, evaluate, train_step
 from htc_megatron.training.tower_features import TowerFeatures
 from htc_megatron.weights.table import ADAPTER, component
 
 # What a checkpoint's `extra` calls the data that its step number is a place in, and the packer of the rows that steps are made of
 DATA, PACKING = "data_fingerprint", "packer"
+# where the run leaves out bad steps: what it knows of the last ones; and, after it went back, the global batches left out for it
+BAD_STEPS, PASSED_OVER = "bad_steps", "batches_passed_over"
 DATA_WAIT = 1.0  # seconds a rank waits for its data before the ranks ask each other whether to stop
 MAY_BE_NEW = (ADAPTER, "voco")  # parts that a run may add to the weights it starts from
 
@@ -119,6 +122,8 @@ class Trainer:
         self.saved: Path | None = None  # the last complete checkpoint
         self.saved_step = -1  # the step of it
         self.new_parts: tuple[str, ...] = ()  # what init_from was without
+        self.bad = BadSteps(config.faults, groups)
+        self.passed_over, self.rollbacks = 0, 0  # global batches left out by going back; how often
         self.step_number = self.began_at = self._start()
         self.pending: PendingSave | None = None
         self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
@@ -128,7 +133,7 @@ class Trainer:
         # after the start, which decides the tower's weights
         self.features = TowerFeatures(self.engine, config, groups) if data.feature_cache and groups.first_stage else None
         cache = self.features and self.features.cache
-        self.loader = DataLoader(config, data.train, *place, self.step_number, data.shuffle, cache)
+        self.loader = DataLoader(config, data.train, *place, self.step_number + self.passed_over, data.shuffle, cache)
         self.validation = None
         if data.validation and config.training.eval_interval:
             self.validation = ValidationLoader(config, data.validation, *place, config.training.eval_iters, cache)
@@ -151,9 +156,8 @@ class Trainer:
                 raise ConfigError(f"{found} holds another model than the configuration describes: resume with its own model section")
             check_same_order(loaded.config, config, found)
             check_same_data(loaded, PreparedData(config.data.train))
-            if loaded.rng is not None:
-                set_rng_state(loaded.rng)
             self.saved, self.saved_step = found, loaded.step
+            self._take_up(loaded)
             return loaded.step
         if config.init_from:
             # weights must fit, some parts may be new; mask and fusion may differ between stages
@@ -166,6 +170,13 @@ class Trainer:
                 )
         return 0
 
+    def _take_up(self, loaded: Loaded) -> None:
+        """What a checkpoint holds beside weights and optimiser."""
+        if loaded.rng is not None:
+            set_rng_state(loaded.rng)
+        self.passed_over = loaded.extra.get(PASSED_OVER, 0)
+        self.bad.load(loaded.extra.get(BAD_STEPS, {}))
+
     def run(self) -> Path:
         """Train to the last step; without steps, save what the run starts from. Returns the last checkpoint's folder."""
         training, optimizer = self.config.training, self.config.optimizer
@@ -176,19 +187,16 @@ class Trainer:
             self.logger.say(f"data.feature_cache: {cache.folder} takes up to {size:.2f} GiB, {cache.stride} bytes an image")
         try:
             self.meeting.interrupt.arm()
-            for step in range(self.step_number, training.train_iters):
+            while self.step_number < training.train_iters:
                 batches = self._next_batches()
                 if self.features is not None:
                     self.features.agree(batches)
-                lr = learning_rate(optimizer, step, training.train_iters)
-                result = train_step(self.engine, batches, lr)
-                self.step_number = step + 1
-                if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-                    self._end_save()
-                    raise TrainingError(
-                        f"step {self.step_number}: the loss is {result.loss} and the gradient norm {result.grad_norm}, "
-                        f"both must be finite; the last checkpoint is {self.saved or 'none'}"
-                    )
+                lr = learning_rate(optimizer, self.step_number, training.train_iters)
+                judge = (self.bad.is_bad,) if self.bad.judges else ()
+                result = train_step(self.engine, batches, lr, *judge)
+                self.step_number += 1
+                if self._went_back(result):
+                    continue
                 tokens, flops = self._global_work(batches)
                 if self.features is not None:
                     self.features.keep(batches)
@@ -215,6 +223,39 @@ class Trainer:
         if self.saved is None:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
         return self.saved
+
+    def _went_back(self, result: StepResult) -> bool:
+        """Do with a bad step as faults.on_bad_loss says. Returns whether the run has taken up its last checkpoint again."""
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        self.bad.count(result.loss, result.grad_norm, result.applied and finite)
+        if not self.bad.in_a_row:
+            return False
+        faults = self.config.faults
+        seen = f"step {self.step_number}: the loss is {result.loss:.6g} and the gradient norm {result.grad_norm:.6g}"
+        wanted = "both must be finite" if not finite else "more than faults.max_loss_jump and faults.max_norm_jump let pass"
+        if faults.on_bad_loss != "stop" and self.bad.in_a_row <= faults.max_skipped:
+            self.logger.say(f"{seen}, {wanted}: it is left out, the {self.bad.in_a_row}. of at most {faults.max_skipped} in a row")
+            self.logger.write(self.step_number, {"faults/skipped_steps": self.bad.total})
+            return False
+        self._end_save()
+        end = f"{seen}, {wanted}; the last checkpoint is {self.saved or 'none'}"
+        if faults.on_bad_loss != "roll_back" or self.saved is None:
+            raise TrainingError(end)
+        if self.rollbacks == faults.max_rollbacks:
+            raise TrainingError(f"{end}; the run went back {self.rollbacks} times before, which faults.max_rollbacks allows")
+        self._roll_back(end)
+        return True
+
+    def _roll_back(self, why: str) -> None:
+        """Take up the last checkpoint again, and go on with the data behind those that were read since."""
+        read = self.step_number + self.passed_over
+        self.rollbacks += 1
+        loaded = load(self.saved, self.state)
+        self._take_up(loaded)
+        self.bad.in_a_row = 0
+        self.step_number, self.passed_over = loaded.step, read - loaded.step
+        self.logger.say(f"{why}: the run goes on from there, with the data behind the {read} global batches that were read")
+        self.logger.write(self.step_number, {"faults/rollbacks": self.rollbacks})
 
     def _next_batches(self) -> list[MicroBatch]:
         """The data of the next step, or the end of the run where any rank is asked to stop: also while a rank waits for its data,
@@ -277,7 +318,7 @@ class Trainer:
         what = {
             "step": self.step_number,
             "config": self.config,
-            "extra": {DATA: self.loader.data.fingerprint, PACKING: PACKER},
+            "extra": {DATA: self.loader.data.fingerprint, PACKING: PACKER} | self._extra(),
             "rng": rng_state(),
         }
         how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
@@ -288,6 +329,11 @@ class Trainer:
             self.saved, self.saved_step = save(self.folder, self.state, **what, **how), self.step_number
             seconds = time.perf_counter() - began
             self._report_save(self.step_number, seconds, seconds)
+
+    def _extra(self) -> dict:
+        """What a checkpoint of a run with bad steps holds in addition."""
+        judged = {BAD_STEPS: self.bad.state()} if self.bad.judges else {}
+        return judged | ({PASSED_OVER: self.passed_over} if self.passed_over else {})
 
     def _end_save(self) -> bool:
         """Wait for the save under way, if there is one. Returns whether it failed, on every rank alike."""
