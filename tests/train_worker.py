@@ -18,6 +18,7 @@ import torch.distributed as dist
 from htc_megatron.checkpoint.box_file import CheckedWriter
 from htc_megatron.config_io import check, load_config, load_zero
 from htc_megatron.parallel import groups as process_groups
+from htc_megatron.training import step as step_module
 from htc_megatron.training import trainer as trainer_module
 from htc_megatron.training.trainer import Trainer, check_files
 
@@ -142,3 +143,29 @@ def logits_of(yaml: str, overrides: list[str]):
     trainer.logger.close()
     trainer.engine.destroy()
     return (batches[0].input_ids, reports[0]) if groups.last_stage else None
+
+
+def train_on_poison(yaml: str, overrides: list[str], batches: list[int], factor: float) -> list[tuple[int, float, float]]:
+    """What `train` returns where the losses of these global batches, counted from 1 as they are read, are multiplied by `factor` on
+    the last rank alone."""
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    original, trainers = step_module._forward_step, []
+
+    def poisoned(scale: float):
+        if last and trainers and trainers[0].loader.consumed_batches in batches:
+            step = original(scale)
+
+            def forward_step(steps, model):
+                output, loss = step(steps, model)
+
+                def multiplied(loss_sum):
+                    scaled, count, report = loss(loss_sum)
+                    return scaled * factor, count, report * factor
+
+                return output, multiplied
+
+            return forward_step
+        return original(scale)
+
+    with mock.patch.object(step_module, "_forward_step", poisoned):
+        return train(yaml, overrides, lambda trainer: trainers.append(trainer))

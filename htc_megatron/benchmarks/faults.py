@@ -62,7 +62,7 @@ def make_run(folder: Path, layout: Layout) -> Path:
         ),
         parallel=ParallelConfig(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp),
         data=DataConfig(train=str(data)),
-        training=TrainingConfig(STEPS, 1, MICRO_BATCHES * layout.dp, 160, "fp32", freeze=(), save_interval=SAVES),
+        training=TrainingConfig(STEPS, 1, MICRO_BATCHES * layout.dp, 256, "fp32", freeze=(), save_interval=SAVES),
         life=LifeConfig(max_restarts_without_progress=1000, heartbeat_limit_s=10.0, hang_limit_s=60.0),
         zero=f"zero{layout.zero}.json",
     )
