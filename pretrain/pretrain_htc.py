@@ -12,7 +12,7 @@ import warnings
 
 from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, files_and_overrides, load_config, load_zero, to_yaml
-from htc_megatron.training.life import FAULT, FINISHED, ExitStatus, Interrupt, Lives, is_sentence, status_of
+from htc_megatron.training.life import FAULT, FINISHED, ExitStatus, Fault, Interrupt, Lives, is_sentence, status_of
 
 
 def main() -> int:
@@ -57,6 +57,7 @@ def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bo
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    from htc_megatron.checkpoint import CheckpointError
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.parallel.zero import refuse_unsupported
     from htc_megatron.training.trainer import Trainer, check_files, first_step
@@ -69,7 +70,11 @@ def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bo
     groups = process_groups.initialise(config.parallel, config.training.seed)
     with Watchdog(groups, config.life, status) as watchdog:
         try:
-            Trainer(config, zero, groups, interrupt).run()
+            trainer = Trainer(config, zero, groups, interrupt)
+            try:
+                trainer.run()
+            except CheckpointError as error:  # no checkpoint is read any more: it could not be written
+                raise Fault(str(error)) from error
         except Exception as error:
             if status_of(error) == FAULT:  # other ranks may be gone: taking the groups down could wait for them
                 watchdog.mourn(error)

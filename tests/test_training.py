@@ -249,7 +249,7 @@ def test_how_many_checkpoints_stay(ranks, run, tmp_path):
 
 def test_a_failed_save_costs_no_step_and_two_end_the_run(ranks, run, tmp_path):
     """One rank's disk is full: once, and the next save is good; or also when that one is waited for, and all ranks raise a sentence."""
-    overrides = ["zero=zero3.json", "training.train_iters=6", "training.save_interval=2"]
+    overrides = ["zero=zero3.json", "training.train_iters=6", "training.save_interval=2", "faults.storage_patience_s=0"]
     steps = ranks(2).run(train_on_a_full_disk, str(run), [*overrides, f"output_dir={tmp_path}/once"], 1)[0]
     assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
     assert [folder.name for folder in checkpoints(tmp_path / "once" / "checkpoints")] == ["step_00000004", "step_00000006"]

@@ -1,5 +1,6 @@
 """Micro-batches of one data-parallel rank, step by step, built ahead of the trainer in threads."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ class DataLoader:
         self.consumed_batches = consumed_batches
         self.epoch, self.rows, self.padding_share = self._epoch()
         collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
-        self._prefetch = Prefetcher(self._steps(), collator, _workers(config, needs_pixels))
+        self._prefetch = Prefetcher(self._steps(), collator, _workers(config, needs_pixels), config.faults.storage_patience_s)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -148,14 +149,14 @@ class ValidationLoader:
         batches = [rows[i : i + size] for i in range(0, len(rows), size)][: max_batches or None]
         self._steps = [rank_rows(batch, training.micro_batch_size, dp_rank, dp_size) for batch in batches]
         self._collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
-        self._workers = _workers(config, needs_pixels)
+        self._workers, self._patience = _workers(config, needs_pixels), config.faults.storage_patience_s
 
     def __len__(self) -> int:
         """Steps of a pass."""
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        prefetch = Prefetcher(((None, step) for step in self._steps), self._collator, self._workers)
+        prefetch = Prefetcher(((None, step) for step in self._steps), self._collator, self._workers, self._patience)
         try:
             for _, batches in prefetch:
                 yield batches
@@ -166,11 +167,13 @@ class ValidationLoader:
 class Prefetcher:
     """Builds the steps of an iterator of (state, micro-batches as rows) in threads, a few steps ahead, handing them out in order.
 
-    workers 0: nothing runs ahead, a step is built when it is asked for. An error while building is raised where its step is due.
+    workers 0: nothing runs ahead, a step is built when it is asked for. An error while building is raised where its step is due; an
+    OSError only when building has failed by it for `patience` seconds.
     """
 
-    def __init__(self, steps: Iterator[Step], collator: Callable[[Rows], MicroBatch], workers: int):
-        self._steps, self._collator = steps, collator
+    def __init__(self, steps: Iterator[Step], collator: Callable[[Rows], MicroBatch], workers: int, patience: float = 0.0):
+        self._steps, self._build, self._patience = steps, collator, patience
+        self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._ahead: deque[tuple[Any, list[Future[MicroBatch]]]] = deque()
         self._closed = False
@@ -227,8 +230,21 @@ class Prefetcher:
             self.wait_seconds += time.perf_counter() - begin
         return not not_done or any(future.exception() for future in done)
 
+    def _collator(self, rows: Rows) -> MicroBatch:
+        """Build a micro-batch, again and again while the storage that it is read from does not answer."""
+        began, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return self._build(rows)
+            except OSError:
+                left = self._patience - (time.monotonic() - began)
+                if left <= 0 or self._closing.wait(min(pause, left)):
+                    raise
+                pause = min(2 * pause, 30.0)
+
     def close(self) -> None:
         self._closed = True
+        self._closing.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()

@@ -155,13 +155,17 @@ class ShardBuilder:
         return ShardEntry(name, path.stat().st_size, len(self.images), text, [len(images) for images in self.references], digest)
 
 
+class ShardMissing(ConfigError, OSError):
+    """A shard is not there: never was, or its storage is lost for a while."""
+
+
 class Shard:
     """A shard's arrays, mapped read-only. Raises ConfigError where the file is missing, cut short or not what the index says."""
 
     def __init__(self, folder: Path, entry: ShardEntry):
         self.path, self.sha256 = folder / entry.file, entry.sha256
         if not self.path.is_file():
-            raise ConfigError(f"data shard {self.path}: it is missing")
+            raise ShardMissing(f"data shard {self.path}: it is missing")
         size = self.path.stat().st_size
         if size != entry.size:
             raise ConfigError(f"data shard {self.path}: it has {size} bytes, the index wants {entry.size}: prepare or copy the data again")

@@ -2,9 +2,11 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from htc_megatron.checkpoint import CheckpointError, HostBuffers, Loaded, PendingSave, latest, load, save, save_async
 from htc_megatron.checkpoint.folder import resolve, step_of
@@ -35,6 +37,7 @@ from htc_megatron.weights.table import ADAPTER, component
 DATA, PACKING = "data_fingerprint", "packer"
 # where the run leaves out bad steps: what it knows of the last ones; and, after it went back, the global batches left out for it
 BAD_STEPS, PASSED_OVER = "bad_steps", "batches_passed_over"
+LONGEST_PAUSE = 30.0  # seconds between two trials of a save
 DATA_WAIT = 1.0  # seconds a rank waits for its data before the ranks ask each other whether to stop
 MAY_BE_NEW = (ADAPTER, "voco")  # parts that a run may add to the weights it starts from
 
@@ -104,8 +107,9 @@ class Trainer:
     written beside and is not copied.
 
     A save that fails on any rank fails on all, but each learns it at its own time, so nothing is raised before they meet for the
-    next save (the first rank says so at once). That one is then waited for: if it succeeds, no step is lost and the run goes on;
-    if it fails too, its CheckpointError ends the run on every rank.
+    next save (the first rank says so at once). Within faults.storage_patience_s of the first failure training goes on beside that one
+    too. Afterwards it is waited for: if it succeeds, no step is lost and the run goes on; if it fails too, its CheckpointError ends
+    the run on every rank. A save that training waits for from the start is tried again for as long.
 
     interrupt: what may ask a rank to save and stop. All ranks then do so at the same step, and `run` raises Stopped.
     """
@@ -126,6 +130,7 @@ class Trainer:
         self.passed_over, self.rollbacks = 0, 0  # global batches left out by going back; how often
         self.step_number = self.began_at = self._start()
         self.pending: PendingSave | None = None
+        self.failing_since: float | None = None  # when the first of the saves failed that have failed in a row
         self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
         self.buffers = HostBuffers()
         needs_pixels = groups.first_stage
@@ -322,13 +327,41 @@ class Trainer:
             "rng": rng_state(),
         }
         how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
-        if training.async_save and self.step_number < training.train_iters and not failed and not wait:
+        beside = training.async_save and self.step_number < training.train_iters and not wait
+        if beside and (not failed or self._is_patient()):
             self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
             self.stall, self.told = time.perf_counter() - began, False
         else:
-            self.saved, self.saved_step = save(self.folder, self.state, **what, **how), self.step_number
+            self.saved, self.saved_step = self._save_patiently(lambda: save(self.folder, self.state, **what, **how)), self.step_number
             seconds = time.perf_counter() - began
             self._report_save(self.step_number, seconds, seconds)
+
+    def _save_patiently(self, save_now: Callable[[], Path]) -> Path:
+        """Save, and again where that fails, for as long as there is patience. Raises the last failure's CheckpointError."""
+        pause = 1.0
+        while True:
+            try:
+                saved = save_now()
+            except CheckpointError as error:
+                self.failing_since = self.failing_since or time.monotonic()
+                if not self._is_patient():
+                    raise
+                self.logger.say(f"step {self.step_number}: the checkpoint was not written, and is tried again: {error}")
+            else:
+                self.failing_since = None
+                return saved
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            progress.mark("save")
+
+    def _is_patient(self) -> bool:
+        """Whether saves have not failed for longer than faults.storage_patience_s: by the first rank's clock, so for all alike."""
+        patience = self.config.faults.storage_patience_s
+        if not patience:
+            return False
+        left = torch.tensor(patience - (time.monotonic() - (self.failing_since or time.monotonic())))
+        dist.broadcast(left, 0, group=self.groups.checkpoint)
+        return left.item() > 0
 
     def _extra(self) -> dict:
         """What a checkpoint of a run with bad steps holds in addition."""
@@ -344,7 +377,9 @@ class Trainer:
             self.saved, self.saved_step = pending.wait(), pending.step
         except CheckpointError:
             self._tell_failure(pending)
+            self.failing_since = self.failing_since or time.monotonic()
             return True
+        self.failing_since = None
         self._report_save(pending.step, self.stall, pending.seconds)
         return False
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from htc_megatron.config import LifeConfig
 from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
-from htc_megatron.training.life import FAULT, ExitStatus
+from htc_megatron.training.life import FAULT, ExitStatus, is_sentence
 
 SLOW_STEPS = 5  # steps that ranks are compared over
 SILENT = 4  # intervals without a sign of life by which a rank is gone, where another has lost a peer already
@@ -139,7 +139,7 @@ class Watchdog:
     def mourn(self, error: BaseException) -> None:
         """A fault has ended this rank's work, a peer's death as likely as not: give the ranks the time to find out whose, in which case
         this does not return."""
-        if self.thread is not None:
+        if self.thread is not None and (not is_sentence(error) or "lost another rank" in str(error)):
             self._error = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.thread.join(self.interval * (3 * SILENT))
 
