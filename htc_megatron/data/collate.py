@@ -42,10 +42,21 @@ class Collator:
 
     needs_pixels: pixel_values and codes are built, each where its channel is used; else both are None.
     cache: where features of images may be known already; then features are built too, and pixels of the other images alone.
+    tolerant: a sample with an image that cannot be decoded is told in MicroBatch.broken, its pixels blank. It must not be trained on
+        as it is: the ranks that decode nothing do not know of it.
     """
 
-    def __init__(self, data: PreparedData, model: ModelConfig, seq_length: int, needs_pixels: bool, cache: FeatureCache | None = None):
+    def __init__(
+        self,
+        data: PreparedData,
+        model: ModelConfig,
+        seq_length: int,
+        needs_pixels: bool,
+        cache: FeatureCache | None = None,
+        tolerant: bool = False,
+    ):
         self.data, self.model, self.seq_length, self.needs_pixels, self.cache = data, model, seq_length, needs_pixels, cache
+        self.tolerant = tolerant
         self.shape = ImageShape.from_config(model)
 
     def __call__(self, rows: list[list[int]]) -> MicroBatch:
@@ -76,7 +87,9 @@ class Collator:
                 batch.features = _known_features(sources, self.cache)
                 batch.pixel_values = read_pixels(batch.features.missing, self.model)
             elif self.model.has_tower:
-                batch.pixel_values = read_pixels(sources, self.model)
+                broken: dict[int, str] | None = {} if self.tolerant else None
+                batch.pixel_values = read_pixels(sources, self.model, broken)
+                batch.broken = [(images[place][0], why) for place, why in (broken or {}).items()]
             if self.model.has_mgvq:
                 batch.codes = torch.from_numpy(self._codes(sources))
         return batch
@@ -87,8 +100,11 @@ class Collator:
         return np.stack([shard.codes[image] for shard, image in sources])
 
 
-def read_pixels(sources: list[tuple[Shard, int]], model: ModelConfig) -> torch.Tensor:
-    """Decoded and prepared images; one blank image for none. [images or 1, 3, side, side]. Raises ConfigError on damaged data."""
+def read_pixels(sources: list[tuple[Shard, int]], model: ModelConfig, broken: dict[int, str] | None = None) -> torch.Tensor:
+    """Decoded and prepared images; one blank image for none. [images or 1, 3, side, side].
+
+    broken: filled with why an image cannot be used, by its place; blank pixels stand for it. Without it damaged data raise ConfigError.
+    """
     if not sources:
         return torch.from_numpy(blank_pixels(model))
     size = model.vision.image_size
@@ -97,7 +113,10 @@ def read_pixels(sources: list[tuple[Shard, int]], model: ModelConfig) -> torch.T
         try:
             pixels[place] = clip_pixels(open_image(shard.image_bytes(image)), size)
         except BadImage as error:
-            raise ConfigError(f"data shard {shard.path}: image {image}: {error}: prepare or copy the data again") from None
+            sentence = f"data shard {shard.path}: image {image}: {error}: prepare or copy the data again"
+            if broken is None:
+                raise ConfigError(sentence) from None
+            broken[place], pixels[place] = sentence, 0.0
     return torch.from_numpy(pixels)
 
 

@@ -53,6 +53,7 @@ class DataLoader:
         consumed_batches: global batches taken before, over all epochs: where to resume.
         shuffle: False keeps the data's own order in every epoch.
         cache: of a frozen tower's features; images that it has are not decoded.
+        tolerant: broken samples are told in MicroBatch.broken and must be taken out by who trains on them.
 
     Attributes:
         consumed_batches: global batches handed out so far; the whole state. epoch: of the last one.
@@ -73,6 +74,7 @@ class DataLoader:
         consumed_batches: int = 0,
         shuffle: bool = True,
         cache: FeatureCache | None = None,
+        tolerant: bool = False,
     ):
         training = config.training
         self.data = open_data(config, path)
@@ -84,7 +86,7 @@ class DataLoader:
         _check_batch(config, dp_size)
         self.consumed_batches = consumed_batches
         self.epoch, self.rows, self.padding_share = self._epoch()
-        collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache)
+        collator = Collator(self.data, config.model, training.seq_length, needs_pixels, cache, tolerant)
         self._prefetch = Prefetcher(self._steps(), collator, _workers(config, needs_pixels), config.faults.storage_patience_s)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -106,6 +108,11 @@ class DataLoader:
     @property
     def wait_share(self) -> float:
         return self._prefetch.wait_share
+
+    @property
+    def broken(self) -> bool:
+        """Whether the next step, which is ready, holds a sample that cannot be used."""
+        return self._prefetch.broken
 
     def close(self) -> None:
         """End the threads; what they still build is dropped. Iterating afterwards raises RuntimeError."""
@@ -197,9 +204,6 @@ class Prefetcher:
         if self._asked == 2:
             self._begun = self._begun or begin
         try:
-            if self._pool is None:
-                state, micro_batches = next(self._steps)
-                return state, [self._collator(rows) for rows in micro_batches]
             self._fill()
             if not self._ahead:
                 raise StopIteration
@@ -209,15 +213,16 @@ class Prefetcher:
             except Exception:
                 self.close()  # going on would silently leave this step out
                 raise
-            self._fill()
+            if self._pool is not None:
+                self._fill()
             return state, batches
         finally:
             if self._asked > 1:
                 self.wait_seconds += time.perf_counter() - begin
 
     def ready(self, seconds: float) -> bool:
-        """Whether the next step is built, or would be built by asking for it (workers 0); waits up to `seconds`."""
-        if self._pool is None or self._closed:
+        """Whether the next step is built, or cannot be; waits up to `seconds`. With workers 0 it is built here, however long it takes."""
+        if self._closed:
             return True
         begin = time.perf_counter()
         self._fill()
@@ -230,16 +235,24 @@ class Prefetcher:
             self.wait_seconds += time.perf_counter() - begin
         return not not_done or any(future.exception() for future in done)
 
-    def _collator(self, rows: Rows) -> MicroBatch:
+    @property
+    def broken(self) -> bool:
+        """Whether a micro-batch of the next step, which is ready, holds a sample that cannot be used."""
+        futures = self._ahead[0][1] if self._ahead else []
+        return any(future.done() and not future.exception() and future.result().broken for future in futures)
+
+    def _built(self, rows: Rows) -> MicroBatch:
         """Build a micro-batch, again and again while the storage that it is read from does not answer."""
         began, pause = time.monotonic(), 0.5
         while True:
             try:
                 return self._build(rows)
-            except OSError:
+            except OSError as error:
                 left = self._patience - (time.monotonic() - began)
                 if left <= 0 or self._closing.wait(min(pause, left)):
-                    raise
+                    if not self._patience:
+                        raise
+                    raise OSError(f"data could not be read for {time.monotonic() - began:.0f} s: {error}") from error
                 pause = min(2 * pause, 30.0)
 
     def close(self) -> None:
@@ -250,12 +263,23 @@ class Prefetcher:
         self._ahead.clear()
 
     def _fill(self) -> None:
-        while len(self._ahead) < PREFETCH_STEPS:
+        while len(self._ahead) < (PREFETCH_STEPS if self._pool is not None else 1):
             step = next(self._steps, None)
             if step is None:
                 return
             state, micro_batches = step
-            self._ahead.append((state, [self._pool.submit(self._collator, rows) for rows in micro_batches]))
+            submit = _at_once if self._pool is None else self._pool.submit
+            self._ahead.append((state, [submit(self._built, rows) for rows in micro_batches]))
+
+
+def _at_once(work: Callable, *arguments: Any) -> Future:
+    """What a pool's submit returns, of work that is done here and now."""
+    future: Future = Future()
+    try:
+        future.set_result(work(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _workers(config: RunConfig, needs_pixels: bool) -> int:

@@ -5,7 +5,7 @@ A packed row holds several samples end to end and padding behind them. Inside a 
 Every pipeline stage builds the same layout from the batch's own metadata; no mask ever travels between stages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -172,6 +172,7 @@ class MicroBatch:
     pixel_values: [num_images, 3, side, side] float32, CLIP-normalised; None where the front-end does not live.
     features: features of the images that are known already, pixel_values then being the others'; None without a cache.
     codes: [num_images, positions, groups] int16 MGVQ codes; None likewise.
+    broken: samples of the layout with an image that cannot be used, and why. Known only to ranks that decode.
     """
 
     input_ids: Tensor
@@ -180,6 +181,7 @@ class MicroBatch:
     pixel_values: Tensor | None = None
     codes: Tensor | None = None
     features: VisionFeatures | None = None
+    broken: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def num_tower_images(self) -> int:

@@ -21,13 +21,14 @@ class Meeting:
     def __init__(self, groups: Groups, interrupt: Interrupt):
         self.groups, self.interrupt, self.asked = groups, interrupt, False
 
-    def agree(self, waiting: bool = False) -> tuple[str, bool]:
-        """Why to stop ("" where no rank is asked to), and whether any rank is `waiting`. Called by every rank."""
+    def agree(self, waiting: bool = False, broken: bool = False) -> tuple[str, bool, bool]:
+        """Why to stop ("" where no rank is asked to), whether any rank is `waiting`, and whether any has `broken` samples. Called by
+        every rank."""
         reason = self.interrupt.reason
-        flags = torch.tensor([self.asked or bool(reason), waiting], dtype=torch.int32, device=self.groups.device)
+        flags = torch.tensor([self.asked or bool(reason), waiting, broken], dtype=torch.int32, device=self.groups.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self.asked, waits = map(bool, flags.tolist())
-        return (reason or "another rank's signal or limit") if self.asked else "", waits
+        self.asked, waits, any_broken = map(bool, flags.tolist())
+        return (reason or "another rank's signal or limit") if self.asked else "", waits, any_broken
 
     def until_asked(self, steps: Iterable[T]) -> Iterator[T]:
         """The same steps, up to the moment at which any rank is asked to stop. Iterated by every rank."""

@@ -28,6 +28,7 @@ from htc_megatron.training.flops import peak_flops, step_flops
 from htc_megatron.training.life import Interrupt, Stopped, TrainingError
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.meeting import Meeting
+from htc_megatron.training.quarantine import Quarantine
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import StepResult, evaluate, train_step
 from htc_megatron.training.tower_features import TowerFeatures
@@ -138,7 +139,9 @@ class Trainer:
         # after the start, which decides the tower's weights
         self.features = TowerFeatures(self.engine, config, groups) if data.feature_cache and groups.first_stage else None
         cache = self.features and self.features.cache
-        self.loader = DataLoader(config, data.train, *place, self.step_number + self.passed_over, data.shuffle, cache)
+        tolerant = data.max_bad_share > 0 and not data.feature_cache  # features of what stands for a broken image must not be kept
+        self.loader = DataLoader(config, data.train, *place, self.step_number + self.passed_over, data.shuffle, cache, tolerant)
+        self.quarantine = Quarantine(config, groups, len(self.loader.data))
         self.validation = None
         if data.validation and config.training.eval_interval:
             self.validation = ValidationLoader(config, data.validation, *place, config.training.eval_iters, cache)
@@ -268,11 +271,15 @@ class Trainer:
         progress.mark("data", self.step_number + 1)
         ready = self.loader.ready(0.0)
         while True:
-            reason, waiting = self.meeting.agree(not ready)
+            reason, waiting, broken = self.meeting.agree(not ready, ready and self.loader.broken)
             if reason:
                 self._stop(reason)
             if not waiting:
-                return next(self.loader)
+                batches = next(self.loader)
+                if broken:
+                    total = self.quarantine.clear(self.step_number + 1, batches)
+                    self.logger.say(f"step {self.step_number + 1}: leaves out broken samples, {total} so far: {self.quarantine.path}")
+                return batches
             ready = self.loader.ready(DATA_WAIT)
 
     def _stop(self, reason: str) -> None:
