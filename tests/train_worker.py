@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from htc_megatron.checkpoint.box_file import CheckedWriter
 from htc_megatron.config_io import check, load_config, load_zero
+from htc_megatron.data.collate import Collator
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.training import step as step_module
 from htc_megatron.training import trainer as trainer_module
@@ -169,3 +170,19 @@ def train_on_poison(yaml: str, overrides: list[str], batches: list[int], factor:
 
     with mock.patch.object(step_module, "_forward_step", poisoned):
         return train(yaml, overrides, lambda trainer: trainers.append(trainer))
+
+
+def train_without_loss_of(yaml: str, overrides: list[str], samples: list[int]) -> list[tuple[int, float, float]]:
+    """What `train` returns where these samples carry no loss."""
+    build = Collator.__call__
+
+    def without(self: Collator, rows: list[list[int]]):
+        batch = build(self, rows)
+        for place, sample in zip(batch.layout.samples.tolist(), (sample for members in rows for sample in members), strict=True):
+            if sample in samples:
+                row, start, stop = place
+                batch.labels[row, start:stop] = -100
+        return batch
+
+    with mock.patch.object(Collator, "__call__", without):
+        return train(yaml, overrides)

@@ -63,7 +63,7 @@ class Collator:
         """rows: sample indices of each packed row; an empty list is a row of padding. Raises ConfigError on damaged data."""
         input_ids = np.zeros((len(rows), self.seq_length), dtype=np.int64)
         labels = np.full((len(rows), self.seq_length), IGNORE_INDEX, dtype=np.int64)
-        samples, images, sources = [], [], []
+        samples, images, sources, names = [], [], [], []
         for row, members in enumerate(rows):
             column = 0
             for sample in members:
@@ -79,6 +79,7 @@ class Collator:
                 images += [(len(samples), column + start) for start in starts.tolist()]
                 sources += [(shard, image) for image in numbers]
                 samples.append((row, column, stop))
+                names.append(f"sample {sample} ({shard.name(number)!r})")
                 column = stop
         layout = SequenceLayout(len(rows), self.seq_length, _table(samples, 3), _table(images, 2), self.shape)
         batch = MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), layout)
@@ -89,7 +90,7 @@ class Collator:
             elif self.model.has_tower:
                 broken: dict[int, str] | None = {} if self.tolerant else None
                 batch.pixel_values = read_pixels(sources, self.model, broken)
-                batch.broken = [(images[place][0], why) for place, why in (broken or {}).items()]
+                batch.broken = [(images[i][0], f"{names[images[i][0]]}: {why}") for i, why in (broken or {}).items()]
             if self.model.has_mgvq:
                 batch.codes = torch.from_numpy(self._codes(sources))
         return batch
