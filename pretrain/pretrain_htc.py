@@ -10,9 +10,11 @@ import sys
 import traceback
 import warnings
 
+from htc_megatron.cluster import status as run_status
+from htc_megatron.cluster.status import FAULT, FINISHED, REFUSED
 from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, files_and_overrides, load_config, load_zero, to_yaml
-from htc_megatron.training.life import FAULT, FINISHED, ExitStatus, Fault, Interrupt, Lives, is_sentence, status_of
+from htc_megatron.training.life import ExitStatus, Fault, Interrupt, Lives, is_sentence, status_of
 
 
 def main() -> int:
@@ -35,6 +37,7 @@ def main() -> int:
             if first:
                 Lives(config.output_dir).finish()
                 status.write(FINISHED)
+                run_status.end(config.output_dir, FINISHED, "")
         except Exception as error:
             code = status_of(error)
             status.write(code)  # before anything else that may take time: what comes first is the cause
@@ -42,6 +45,8 @@ def main() -> int:
                 traceback.print_exc()
             elif first:
                 print(f"pretrain_htc: {error}", file=sys.stderr, flush=True)
+            if first and code != REFUSED:
+                run_status.end(config.output_dir, code, str(error))
             return code
     return FINISHED
 

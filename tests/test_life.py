@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from htc_megatron.checkpoint import latest
+from htc_megatron.cluster.status import FAILED, FAULT, FINISHED, REFUSED, STOPPED
 from htc_megatron.config import LifeConfig
-from htc_megatron.training.life import FAILED, FAULT, FINISHED, REFUSED, STOPPED, ExitStatus, Interrupt, Lives, NoProgress
+from htc_megatron.training.life import ExitStatus, Interrupt, Lives, NoProgress
 from tests.life_worker import stopped_run
 from tests.train_worker import entry_point, train
 from tests.training_tiny import make_run

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from htc_megatron.cluster.status import FAULT
 from htc_megatron.config import LifeConfig
 from htc_megatron.parallel import progress
 from htc_megatron.parallel.support import Layout
-from htc_megatron.training.life import FAULT
 from htc_megatron.training.watchdog import SILENT, SLOW_STEPS, Ranks
 
 LIMITS = LifeConfig(heartbeat_limit_s=10.0, hang_limit_s=20.0, slow_factor=2.0)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from htc_megatron.cluster.status import EXIT_FILE, FAULT, STOPPED
 from htc_megatron.parallel import progress
 from htc_megatron.training import trainer
-from htc_megatron.training.life import FAULT, STATUS_FILE, STOPPED
 
 ENTRY = Path(__file__).parent.parent.parent / "pretrain" / "pretrain_htc.py"
 LOSSES = "losses.txt"  # of the first rank: step, loss and gradient norm, exactly
@@ -74,7 +74,7 @@ def live(arguments: list[str], output_dir: Path, world_size: int, fault: FaultAt
     grace: seconds that ranks get to end by themselves after the first has ended, or was stopped; then they are killed, as a launcher
     does. limit: seconds for all of it; a life that takes longer is killed and raises TimeoutError with its ranks' logs.
     """
-    status_file = output_dir / STATUS_FILE
+    status_file = output_dir / EXIT_FILE
     status_file.unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))

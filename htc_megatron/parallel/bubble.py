@@ -1,7 +1,9 @@
 """The pipeline's bubble: the share of a step's passes in which a stage does not compute, foretold and measured."""
 
+import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -52,7 +54,8 @@ class StageClock:
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
-        self._busy = self._whole = 0.0
+        self._busy = self._whole = self._waited = 0.0
+        self._waited_before = 0.0  # seconds in collectives, when the pass under way began
         self._marks: dict[str, list] = {name: [] for name in (*self.BUSY, self.ALL)}  # starts and stops in turn
 
     def __call__(self, name: str, log_level: int = 0) -> "_Timer":
@@ -74,13 +77,26 @@ class StageClock:
         else:
             marks.append(time.perf_counter())
 
-    def read(self) -> tuple[float, float]:
-        """Seconds this stage computed and seconds its schedules took since the last `read`. Waits for the device to be done."""
+    def begin(self, name: str) -> None:
+        """A pass or a message begins."""
+        self.mark(name)
+        if name in self.BUSY:
+            self._waited_before = progress.now.waited
+
+    def end(self, name: str) -> None:
+        """It has ended."""
+        self.mark(name)
+        if name in self.BUSY:
+            self._waited += progress.now.waited - self._waited_before
+
+    def read(self) -> tuple[float, float, float]:
+        """Seconds since the last `read` that this rank was in its passes, that its schedules took, and that it waited in collectives
+        within the passes. Waits for the device to be done. On a GPU collectives are not waited for by the host, and count as passes."""
         if self.on_gpu and self._marks[self.ALL]:
             self._marks[self.ALL][-1].synchronize()
         self._add_up()
-        found = self._busy, self._whole
-        self._busy = self._whole = 0.0
+        found = self._busy, self._whole, self._waited
+        self._busy = self._whole = self._waited = 0.0
         return found
 
     def _add_up(self) -> None:
@@ -103,26 +119,49 @@ class _Timer:
         self.clock, self.name = clock, name
 
     def start(self, barrier: bool = False) -> None:
-        self.clock.mark(self.name)
+        self.clock.begin(self.name)
         if self.name != StageClock.ALL:
             progress.mark(self.name.removesuffix("-compute"), waiting=self.name not in StageClock.BUSY)
 
     def stop(self) -> None:
-        self.clock.mark(self.name)
+        self.clock.end(self.name)
         progress.now.waiting = False
 
 
-def measured_idle_shares(clock: StageClock, groups: Groups) -> list[float]:
-    """Share of the passes since the last call in which each stage did not compute, mean over its ranks. Called by every rank.
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every rank between two looks at the clocks. stages: its pipeline stage. busy: in passes. own: of these, not waiting in
+    collectives. whole: of the schedules; all stages start a step together, and the longest is the time of all passes."""
 
-    All stages start a step together; the time of all passes is that of the stage that takes longest.
-    """
-    busy, whole = clock.read()
-    seconds = torch.zeros(groups.pp_size, dtype=torch.float64, device=groups.device)
-    seconds[groups.pp_rank] = busy
-    dist.all_reduce(seconds)
-    longest = torch.tensor(whole, dtype=torch.float64, device=groups.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    if not longest:
-        return [0.0] * groups.pp_size
-    return (1.0 - seconds * groups.pp_size / groups.world_size / longest).tolist()
+    stages: list[int]
+    busy: list[float]
+    whole: list[float]
+    own: list[float]
+
+    def of_stage(self, stage: int) -> float:
+        """Seconds in passes, mean over the stage's ranks."""
+        return statistics.fmean(busy for busy, at in zip(self.busy, self.stages, strict=True) if at == stage)
+
+    @property
+    def idle_shares(self) -> list[float]:
+        """Share of the passes in which each stage did not compute, mean over its ranks."""
+        longest = max(self.whole)
+        return [1.0 - self.of_stage(stage) / longest if longest else 0.0 for stage in range(max(self.stages) + 1)]
+
+    @property
+    def slowest(self) -> tuple[int, float]:
+        """The rank that computes longest beside the median of its stage, which has the same work, and how many times as long."""
+        medians = [statistics.median_low(o for o, at in zip(self.own, self.stages, strict=True) if at == stage) for stage in self.stages]
+        ratios = [own / median if median > 0 else 1.0 for own, median in zip(self.own, medians, strict=True)]
+        slowest = max(range(len(ratios)), key=lambda rank: (ratios[rank], self.own[rank]))
+        return slowest, ratios[slowest]
+
+
+def measured_times(clock: StageClock, groups: Groups) -> Times:
+    """Every rank's times since the last call. Called by every rank."""
+    busy, whole, waited = clock.read()
+    mine = torch.tensor([groups.pp_rank, busy, whole, busy - waited], dtype=torch.float64, device=groups.device)
+    all_ranks = mine.new_empty(groups.world_size, len(mine))
+    dist.all_gather_into_tensor(all_ranks, mine)
+    stages, *seconds = all_ranks.T.tolist()
+    return Times([int(stage) for stage in stages], *seconds)

@@ -12,16 +12,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from htc_megatron.cluster.status import EXIT_FILE, FAILED, FAULT, REFUSED, STOPPED
 from htc_megatron.config import ConfigError, LifeConfig
 
-FINISHED = 0
-FAILED = 1  # an error that starting again will not mend
-REFUSED = 2  # the configuration
-FAULT = 70  # a rank died or hung, or storage was lost: starting again is likely to help (BSD's EX_SOFTWARE)
-STOPPED = 75  # on request, with a checkpoint: to be started again (BSD's EX_TEMPFAIL)
-
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-STATUS_FILE, LIVES_FILE = "exit_status", "restarts.json"
+LIVES_FILE = "restarts.json"
 STATUS_VARIABLE = "HTC_EXIT_STATUS"  # names the status file in place of <output_dir>/exit_status
 
 
@@ -73,7 +68,7 @@ class ExitStatus:
 
     def belongs_to(self, output_dir: str | Path, first: bool) -> None:
         """Settle where the file is. first: whether this is rank 0, which removes the one of the life before."""
-        self.path = self.path or Path(output_dir) / STATUS_FILE
+        self.path = self.path or Path(output_dir) / EXIT_FILE
         if first:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""What a run shows: TensorBoard scalars, a progress bar and one line a step, all from the first rank."""
+"""What a run shows: TensorBoard scalars, a progress bar, one line a step and its status file, all from the first rank."""
 
 import resource
+import socket
 import time
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from htc_megatron.cluster.status import StatusFile
 from htc_megatron.config import RunConfig
-from htc_megatron.parallel.bubble import StageClock, measured_idle_shares
+from htc_megatron.parallel.bubble import StageClock, Times, measured_times
 from htc_megatron.parallel.groups import Groups
+from htc_megatron.training.life import Lives
 from htc_megatron.training.step import StepResult
 
 
@@ -29,7 +32,9 @@ class Logger:
         self.bubble: dict[str, str] = {}  # what the progress bar shows of it
         (self.peak,) = self._over_ranks(dist.ReduceOp.SUM, peak)
         self.waited = 0.0
-        self.writer = self.bar = None
+        self.writer = self.bar = self.status = None
+        self.hosts: list[str] = [""] * groups.world_size
+        dist.all_gather_object(self.hosts, socket.gethostname(), group=groups.checkpoint)
         if groups.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +42,10 @@ class Logger:
             self.bar = tqdm(
                 total=config.training.train_iters, initial=first_step, desc="training", unit="step", dynamic_ncols=True, smoothing=0.1
             )
+            restarts = max(0, len(Lives(config.output_dir).read()) - 1)
+            self.write(first_step, {"run/restarts": restarts})
+            self.status = StatusFile(config.output_dir)
+            self.status.update(state="starting", step=first_step, train_iters=config.training.train_iters, restarts=restarts)
         self._reset()
 
     def _over_ranks(self, op: dist.ReduceOp, *values: float) -> list[float]:
@@ -55,8 +64,9 @@ class Logger:
         self.images += result.images
         self.flops += flops
         due = step % self.config.training.log_interval == 0 or step == self.config.training.train_iters
-        if due and self.groups.pp_size > 1:
-            self._bubble(step)
+        times = measured_times(self.clock, self.groups) if due else None
+        if times is not None:
+            self._times(step, times)
         if self.bar is not None:
             self.bar.update(1)
             figures = {"loss": f"{result.loss:.4f}", "norm": f"{result.grad_norm:.3f}", "lr": f"{lr:.2e}", "waited": f"{self.waited:.1%}"}
@@ -80,14 +90,31 @@ class Logger:
                     "memory/peak_gib_per_rank": memory,
                 },
             )
+            said = {"loss": result.loss, "seconds_per_step": round(seconds, 4), "data_wait_share": round(self.waited, 4)}
+            self.state("training", step=step, **said)
         self._reset()
 
-    def _bubble(self, step: int) -> None:
-        """Measure the share of the passes since the last time in which stages stood still. The slowest stage is idle least."""
-        idle = measured_idle_shares(self.clock, self.groups)
-        mean, slowest = sum(idle) / len(idle), min(range(len(idle)), key=lambda stage: idle[stage])
-        self.write(step, {"pipeline/idle_share": mean} | {f"pipeline/idle_share_stage_{i}": share for i, share in enumerate(idle)})
-        self.bubble = {"idle": f"{mean:.0%} (stage {slowest}, the slowest: {idle[slowest]:.0%})"}
+    def _times(self, step: int, times: Times) -> None:
+        """Seconds of the stages a step, the share of the passes since the last time in which they stood still, and the slowest rank.
+        The slowest stage is idle least."""
+        rank, ratio = times.slowest
+        figures = {f"pipeline/seconds_stage_{stage}": times.of_stage(stage) / self.steps for stage in range(self.groups.pp_size)}
+        figures |= {"ranks/slowest": rank, "ranks/slowest_over_median": ratio, "ranks/slowest_seconds": times.own[rank] / self.steps}
+        said = {"slowest_rank": {"rank": rank, "host": self.hosts[rank], "over_median": round(ratio, 3)}}
+        if self.groups.pp_size > 1:
+            idle = times.idle_shares
+            mean, slowest = sum(idle) / len(idle), min(range(len(idle)), key=lambda stage: idle[stage])
+            figures |= {"pipeline/idle_share": mean} | {f"pipeline/idle_share_stage_{i}": share for i, share in enumerate(idle)}
+            self.bubble = {"idle": f"{mean:.0%} (stage {slowest}, the slowest: {idle[slowest]:.0%})"}
+            said["bubble"] = round(mean, 4)
+        self.write(step, figures)
+        if self.status is not None:
+            self.status.keep(**said)
+
+    def state(self, name: str, **more: object) -> None:
+        """What the run is at, in the status file."""
+        if self.status is not None:
+            self.status.update(state=name, **more)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Scalars of a step, on the first rank only."""

@@ -314,7 +314,9 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure the loss on the validation data; a run that is asked to stop leaves off, and stops before its next step."""
         steps = self.validation if self.features is None else self.features.around(self.validation)
+        self.logger.state("evaluating")
         loss = evaluate(self.engine, self.meeting.until_asked(steps))
+        self.logger.state("training")
         if self.meeting.asked:
             return
         self.logger.write(self.step_number, {"validation/loss": loss})
@@ -339,6 +341,7 @@ class Trainer:
             self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
             self.stall, self.told = time.perf_counter() - began, False
         else:
+            self.logger.state("saving")
             self.saved, self.saved_step = self._save_patiently(lambda: save(self.folder, self.state, **what, **how)), self.step_number
             seconds = time.perf_counter() - began
             self._report_save(self.step_number, seconds, seconds)
@@ -405,4 +408,5 @@ class Trainer:
 
     def _report_save(self, step: int, stall: float, seconds: float) -> None:
         self.logger.write(step, {"checkpoint/stall_s": stall, "checkpoint/write_s": seconds})
+        self.logger.state("training", checkpoint=str(self.saved))
         self.logger.say(f"step {step}: saved {self.saved} (stalled {stall:.2f} s, written in {seconds:.2f} s)")

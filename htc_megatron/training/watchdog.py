@@ -25,10 +25,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from htc_megatron.cluster.status import FAULT
 from htc_megatron.config import LifeConfig
 from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
-from htc_megatron.training.life import FAULT, ExitStatus, is_sentence
+from htc_megatron.training.life import ExitStatus, is_sentence
 
 SLOW_STEPS = 5  # steps that ranks are compared over
 SILENT = 4  # intervals without a sign of life by which a rank is gone, where another has lost a peer already
