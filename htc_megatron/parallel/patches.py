@@ -252,9 +252,13 @@ def judged_step(optimizer, is_bad: Callable[[float], bool]) -> Iterator[None]:
 
     insides = sys.modules[type(optimizer).__module__]
     _must_have(insides, "is_invalid_grad_norm")
-    invalid = insides.is_invalid_grad_norm
+    invalid, asked = insides.is_invalid_grad_norm, False
 
     def judged(norm) -> bool:
+        nonlocal asked
+        if asked:  # stages 1 and 2 ask again, of what they clip by
+            return invalid(norm)
+        asked = True
         bad = is_bad(float(norm))
         return invalid(norm) or bad
 
