@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from htc_megatron.checkpoint import latest
+from htc_megatron.checkpoint import CheckpointError, latest
 from htc_megatron.cluster.status import FAILED, FAULT, FINISHED, REFUSED, STOPPED
-from htc_megatron.config import LifeConfig
-from htc_megatron.training.life import ExitStatus, Interrupt, Lives, NoProgress
+from htc_megatron.config import ConfigError, LifeConfig, RunConfig
+from htc_megatron.config_io import from_dict, to_dict
+from htc_megatron.training.life import ExitStatus, Fault, Interrupt, Lives, NoProgress, Stopped, status_of
 from tests.life_worker import stopped_run
 from tests.train_worker import entry_point, train
 from tests.training_tiny import make_run
@@ -94,6 +96,31 @@ def test_what_ends_the_time(tmp_path):
     interrupt = Interrupt()
     interrupt.limit(LifeConfig(end_margin_s=0.0), {"SLURM_JOB_END_TIME": str(now)})
     assert interrupt.reason == ""
+
+
+def test_a_configuration_from_before_is_one_with_the_defaults():
+    """So checkpoints that older versions wrote are read."""
+    tree = to_dict(RunConfig())
+    del tree["life"], tree["faults"]
+    assert from_dict(tree) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ConfigError("a"), REFUSED),
+        (NoProgress("a"), FAILED),
+        (CheckpointError("does not fit"), FAILED),
+        (Fault("a disk is lost"), FAULT),
+        (torch.distributed.DistBackendError("NCCL"), FAULT),
+        (OSError(5, "Input/output error"), FAULT),
+        (torch.OutOfMemoryError("CUDA out of memory"), FAILED),
+        (TypeError("a program's own"), FAILED),
+        (Stopped("a"), STOPPED),
+    ],
+)
+def test_statuses_of_errors(error, status):
+    assert status_of(error) == status
 
 
 def test_the_first_status_stays(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def measured_times(clock: StageClock, groups: Groups) -> Times:
     """Every rank's times since the last call. Called by every rank."""
     busy, whole, waited = clock.read()
     mine = torch.tensor([groups.pp_rank, busy, whole, busy - waited], dtype=torch.float64, device=groups.device)
-    all_ranks = mine.new_empty(groups.world_size, len(mine))
+    all_ranks = mine.new_empty(groups.world_size * len(mine))
     dist.all_gather_into_tensor(all_ranks, mine)
-    stages, *seconds = all_ranks.T.tolist()
+    stages, *seconds = all_ranks.view(groups.world_size, -1).T.tolist()
     return Times([int(stage) for stage in stages], *seconds)

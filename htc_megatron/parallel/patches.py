@@ -252,14 +252,18 @@ def judged_step(optimizer, is_bad: Callable[[float], bool]) -> Iterator[None]:
 
     insides = sys.modules[type(optimizer).__module__]
     _must_have(insides, "is_invalid_grad_norm")
-    invalid = insides.is_invalid_grad_norm
+    invalid, asked = insides.is_invalid_grad_norm, False
 
     def judged(norm) -> bool:
+        nonlocal asked
+        if asked:  # stages 1 and 2 ask again, of what they clip by
+            return invalid(norm)
+        asked = True
         bad = is_bad(float(norm))
         return invalid(norm) or bad
 
     by_stage_1_and_2 = isinstance(optimizer, DeepSpeedZeroOptimizer)
-    if by_stage_1_and_2:  # in bf16 it looks at the norm only with check_grad_overflow, which up to there would cost a pass over them all
+    if by_stage_1_and_2:  # in bf16 check_grad_overflow has it look at each gradient before the norm, and at the norm at all
         _must_have(optimizer, "scaled_global_norm", "check_grad_overflow")
         norm_of, checks = optimizer.scaled_global_norm, optimizer.check_grad_overflow
 
@@ -268,7 +272,7 @@ def judged_step(optimizer, is_bad: Callable[[float], bool]) -> Iterator[None]:
             optimizer.check_grad_overflow = True
             return norm
 
-        optimizer.scaled_global_norm = norm_then_check
+        optimizer.scaled_global_norm, optimizer.check_grad_overflow = norm_then_check, False  # the norm tells as much, of all ranks
     insides.is_invalid_grad_norm = judged
     try:
         yield

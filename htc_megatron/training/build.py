@@ -10,6 +10,7 @@ from htc_megatron.model.htc_vlm import HTCVLM
 from htc_megatron.model.initialisation import initial_value
 from htc_megatron.model.naming import Entry, is_decayed, stage_entries
 from htc_megatron.model.stages import layers_of_stages
+from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import ZeroEngine
 
@@ -25,6 +26,7 @@ def build_engine(config: RunConfig, zero: dict, groups: Groups, codebook: Tensor
 
     def fill(module: nn.Module, whole) -> None:
         for entry in entries_of_stage(module, config, groups):
+            progress.mark("build")
             # mcore sets this where it initialises; the gradient norm counts a weight on every TP rank, or once, by it
             entry.param.tensor_model_parallel = entry.weight.is_cut
             with whole([entry.param], write=True), torch.no_grad():

@@ -240,7 +240,7 @@ class Trainer:
             return False
         faults = self.config.faults
         seen = f"step {self.step_number}: the loss is {result.loss:.6g} and the gradient norm {result.grad_norm:.6g}"
-        wanted = "both must be finite" if not finite else "more than faults.max_loss_jump and faults.max_norm_jump let pass"
+        wanted = "both must be finite" if not finite else "more than faults.max_loss_jump or faults.max_norm_jump lets pass"
         if faults.on_bad_loss != "stop" and self.bad.in_a_row <= faults.max_skipped:
             self.logger.say(f"{seen}, {wanted}: it is left out, the {self.bad.in_a_row}. of at most {faults.max_skipped} in a row")
             self.logger.write(self.step_number, {"faults/skipped_steps": self.bad.total})
