@@ -34,7 +34,7 @@ def slowed(yaml: str, overrides: list[str], slow: int, seconds: float) -> list[t
     """`train` where one rank computes longer in each forward of its stage."""
 
     def before(trainer):
-        if int(os.environ["RANK"]) == slow and not trainer.engine.module._forward_pre_hooks:
+        if int(os.environ["RANK"]) == slow and trainer.step_number == 0:
             trainer.engine.module.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
     return train(yaml, overrides, before)
@@ -49,7 +49,7 @@ def test_the_slow_rank_is_named(ranks, run, tmp_path, world, layout, slow):
     """Though the others of its group take as long, as they wait for it. What is computed is not changed by it."""
     common = [*layout, "training.train_iters=3", "training.global_batch_size=4", "training.log_interval=3"]
     quiet = ranks(world).run(train, str(run), [*common, f"output_dir={tmp_path}/quiet"])[0]
-    found = ranks(world).run(slowed, str(run), [*common, f"output_dir={tmp_path}/slow"], slow, 0.5)[0]
+    found = ranks(world).run(slowed, str(run), [*common, f"output_dir={tmp_path}/slow"], slow, 0.3)[0]
     assert found == quiet
     figures = scalars(tmp_path / "slow")
     assert figures["ranks/slowest"] == [slow]
@@ -58,7 +58,7 @@ def test_the_slow_rank_is_named(ranks, run, tmp_path, world, layout, slow):
     assert said["slowest_rank"]["rank"] == slow and said["slowest_rank"]["host"]
     if "pipeline" in layout[0]:
         stages = [figures[f"pipeline/seconds_stage_{stage}"][0] for stage in (0, 1)]
-        assert stages[1] > stages[0] > 0 and stages[1] > 0.5
+        assert stages[1] > stages[0] > 0 and stages[1] > 0.3
         assert said["bubble"] == pytest.approx(figures["pipeline/idle_share"][0], abs=1e-3)
 
 
