@@ -1,11 +1,12 @@
 """Train HTC-VLM on any layout of TP x PP x DP with ZeRO 1 to 3.
 
 torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml [overlay.yaml ...] key=value ...
+
+The same under srun and mpiexec, or alone as one process; tools/launch.py writes a job of it.
 """
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 
@@ -19,18 +20,19 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
     args = parser.parse_args()
-    first = os.environ.get("RANK", "0") == "0"
+    from htc_megatron.parallel.launch import discover, speaks
+
+    first = speaks()
     try:
         config = load_config(*files_and_overrides([*args.config, *args.overrides]))
         if args.show:
             print(to_yaml(config), end="")
             return 0
-        from htc_megatron.parallel.groups import launched_world_size
         from htc_megatron.parallel.support import refuse_untested
 
-        world_size, zero = launched_world_size(), load_zero(config.zero)
-        check(config, world_size)
-        refuse_untested(config, world_size, zero["zero_optimization"]["stage"])
+        launch, zero = discover(), load_zero(config.zero)
+        check(config, launch.world_size)
+        refuse_untested(config, launch.world_size, zero["zero_optimization"]["stage"])
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning)
