@@ -10,7 +10,7 @@ FLOORS = [
     {"__init__", "config", "config_checks", "config_io", "zero_json", "weights.table", "hf"},
     {"parallel"},
     {"model"},
-    {"data", "checkpoint", "weights"},
+    {"data", "checkpoint", "weights", "cluster"},
     {"training", "inference", "evaluation", "benchmarks"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
