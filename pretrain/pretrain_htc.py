@@ -36,6 +36,7 @@ def main() -> int:
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning)
+        from htc_megatron.cluster.report import tell_environment
         from htc_megatron.parallel import groups as process_groups
         from htc_megatron.parallel.zero import refuse_unsupported
         from htc_megatron.training.trainer import Trainer, TrainingError, check_files
@@ -44,6 +45,7 @@ def main() -> int:
         check_files(config)
         groups = process_groups.initialise(config.parallel, config.training.seed)
         try:
+            tell_environment(launch, groups.checkpoint)
             Trainer(config, zero, groups).run()
         finally:
             process_groups.destroy()

@@ -50,15 +50,15 @@ export MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THR
 
 cpus=$((SLURM_CPUS_ON_NODE / ranks_per_node)) # of each rank: SLURM would bind it to one
 step=(srun --nodes="$nodes" --ntasks="$((nodes * ranks_per_node))" --ntasks-per-node="$ranks_per_node"
-    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --mpi=none --label --kill-on-bad-exit=1
+    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --mpi=none --label
     --open-mode=append --output="$logs/%x-%j-node%n-%N.log")
 
 # A step runs in the background, for bash handles a signal only between commands or in wait.
 running='' asked='' terminated=''
 trap 'asked=1; say "asked to save and stop"; [ -z "$running" ] || kill -USR1 "$running" 2>/dev/null' USR1 # srun passes it on to the ranks
 trap 'terminated=1' TERM # SLURM ends the job, and the ranks got the same signal: a cancelled job must not be queued again
-run() {
-    "${step[@]}" "$@" &
+run() { # $1: whether a rank that ends badly ends the others
+    "${step[@]}" --kill-on-bad-exit="$1" "${@:2}" &
     running=$!
     local status
     while :; do
@@ -90,7 +90,7 @@ say "$nodes nodes of $SLURM_JOB_NODELIST, $ranks_per_node ranks each, meeting at
 python=@{python}
 @{preflight}
 rm -f "$output_dir/exit_status"
-run "$python" @{entry} --config @{config}
+run 1 "$python" @{entry} --config @{config}
 shown=$?
 # srun's status is no measure: it is that of the ranks it killed. The first rank that ends badly writes its own into this file.
 if [ ! -s "$output_dir/exit_status" ]; then

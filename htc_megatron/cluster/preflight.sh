@@ -1,5 +1,5 @@
 # Before any GPU-hour is spent: can all ranks reach each other, are the paths there, is there room on the disk?
-[ -n "$asked" ] || run "$python" @{preflight_entry} --config @{config} --min-free-gib @{min_free_gib}
+[ -n "$asked" ] || run 0 "$python" @{preflight_entry} --config @{config} --min-free-gib @{min_free_gib}
 status=$?
 if [ -n "$asked" ]; then
     again "asked to stop before training began"
