@@ -234,6 +234,33 @@ class TrainingConfig:
 
 
 @dataclass(config=STRICT)
+class LifeConfig:
+    """When a job stops, and when it is given up. Nothing of it changes what is computed."""
+
+    time_limit_s: float = 0.0  # seconds after its start at which a run saves and stops, to be started again; 0: none
+    end_margin_s: float = 300.0  # the same before the end of the SLURM job, or a quarter of its length if that is less; 0: not looked at
+    max_restarts_without_progress: int = 5  # starts at one and the same step after the first; the next one is refused
+    heartbeat_limit_s: float = 60.0  # a rank without a sign of life for longer is dead or stopped, and the run ends; 0: not watched
+    hang_limit_s: float = 900.0  # a run of which no rank comes forward for longer has hung, and ends; 0: not watched
+    slow_factor: float = 2.0  # a rank that computes longer than the median of its pipeline stage by this is named; 0: none is
+
+
+@dataclass(config=STRICT)
+class FaultsConfig:
+    """What a run puts up with."""
+
+    # a loss or gradient norm that is not finite or jumps: the run ends | the step is left out | after max_skipped of them in a row
+    # the last checkpoint is taken up again, behind the data that led there
+    on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"
+    max_loss_jump: float = 0.0  # a loss above the mean of the last steps by this factor is bad; 0: any finite one is good
+    max_norm_jump: float = 0.0  # the same for the gradient norm before clipping
+    jump_window: int = 50  # steps of that mean; none is bad before there are as many
+    max_skipped: int = 3  # steps left out in a row; one more ends the run (skip) or goes back (roll_back)
+    max_rollbacks: int = 3  # of one start of the run; one more ends it
+    storage_patience_s: float = 600.0  # how long a save that fails, or data that cannot be read, is tried again; 0: as soon as it can be
+
+
+@dataclass(config=STRICT)
 class RunConfig:
     """A whole run. `zero` names a DeepSpeed JSON, by path or by its name in ds_configs/."""
 
@@ -242,6 +269,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    life: LifeConfig = field(default_factory=LifeConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     zero: str = "zero1.json"
     tokenizer: str = ""  # sentencepiece .model file or a folder that transformers.AutoTokenizer loads
     mgvq_checkpoint: str = ""  # safetensors written by tools/train_mgvq.py, or the public mgvq_*.pt: codebook, and codes on the fly

@@ -41,6 +41,17 @@ MAY_BE_ZERO = {
     "training.eval_interval",
     "training.save_interval",
     "training.keep_checkpoints",
+    "life.time_limit_s",
+    "life.end_margin_s",
+    "life.max_restarts_without_progress",
+    "life.heartbeat_limit_s",
+    "life.hang_limit_s",
+    "life.slow_factor",
+    "faults.max_loss_jump",
+    "faults.max_norm_jump",
+    "faults.max_skipped",
+    "faults.max_rollbacks",
+    "faults.storage_patience_s",
 }
 INT16_CODES = 2**15  # codes are stored as int16
 

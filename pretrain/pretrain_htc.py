@@ -2,16 +2,19 @@
 
 torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml [overlay.yaml ...] key=value ...
 
-The same under srun and mpiexec, or alone as one process; tools/launch.py writes a job of it.
+The same under srun and mpiexec, or alone as one process; tools/launch.py makes a SLURM job of it.
 """
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 import warnings
 
-from htc_megatron.config import ConfigError
+from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, files_and_overrides, load_config, load_zero, to_yaml
+from htc_megatron.training.life import FAULT, FINISHED, ExitStatus, Interrupt, Lives, is_sentence, status_of
 
 
 def main() -> int:
@@ -19,46 +22,70 @@ def main() -> int:
     parser.add_argument("--config", required=True, nargs="+", help="YAML of the run, and others that are laid over it in turn")
     parser.add_argument("--show", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
-    args = parser.parse_args()
-    from htc_megatron.parallel.launch import discover, speaks
+    status = ExitStatus()
+    with Interrupt(status) as interrupt:
+        args = parser.parse_args()
+        from htc_megatron.parallel.launch import speaks
 
-    first = speaks()
-    try:
-        config = load_config(*files_and_overrides([*args.config, *args.overrides]))
-        if args.show:
-            print(to_yaml(config), end="")
-            return 0
-        from htc_megatron.parallel.support import refuse_untested
-
-        launch, zero = discover(), load_zero(config.zero)
-        check(config, launch.world_size)
-        refuse_untested(config, launch.world_size, zero["zero_optimization"]["stage"])
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        from htc_megatron.cluster.report import tell_environment
-        from htc_megatron.parallel import groups as process_groups
-        from htc_megatron.parallel.zero import refuse_unsupported
-        from htc_megatron.training.trainer import Trainer, TrainingError, check_files
-
-        refuse_unsupported(config)
-        check_files(config)
-        groups = process_groups.initialise(config.parallel, config.training.seed)
+        first = speaks()
         try:
-            tell_environment(launch, groups.checkpoint)
-            Trainer(config, zero, groups).run()
-        finally:
-            process_groups.destroy()
-    except ConfigError as error:
-        if first:
-            print(f"pretrain_htc: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        if first:
-            print(f"pretrain_htc: {error}", file=sys.stderr)
-        return 1
-    return 0
+            config = load_config(*files_and_overrides([*args.config, *args.overrides]))
+            if args.show:
+                print(to_yaml(config), end="")
+                return FINISHED
+            status.belongs_to(config.output_dir, first)
+            interrupt.limit(config.life)
+            train(config, interrupt, first)
+            if first:
+                Lives(config.output_dir).finish()
+                status.write(FINISHED)
+        except Exception as error:
+            code = status_of(error)
+            status.write(code)  # before anything else that may take time: what comes first is the cause
+            if not is_sentence(error):
+                traceback.print_exc()
+            elif first:
+                print(f"pretrain_htc: {error}", file=sys.stderr, flush=True)
+            return code
+    return FINISHED
+
+
+def train(config: RunConfig, interrupt: Interrupt, first: bool) -> None:
+    """Check everything that can be checked, then make the process groups and train. Raises what `status_of` knows."""
+    from htc_megatron.parallel.launch import discover
+    from htc_megatron.parallel.support import refuse_untested
+
+    launch, zero = discover(), load_zero(config.zero)
+    check(config, launch.world_size)
+    refuse_untested(config, launch.world_size, zero["zero_optimization"]["stage"])
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from htc_megatron.cluster.report import tell_environment
+    from htc_megatron.parallel import groups as process_groups
+    from htc_megatron.parallel.zero import refuse_unsupported
+    from htc_megatron.training.trainer import Trainer, check_files, first_step
+
+    refuse_unsupported(config)
+    check_files(config)
+    if first:
+        Lives(config.output_dir).begin(first_step(config), config.life.max_restarts_without_progress)
+    groups = process_groups.initialise(config.parallel, config.training.seed)
+    try:
+        tell_environment(launch, groups.checkpoint)
+        Trainer(config, zero, groups, interrupt).run()
+    except Exception as error:
+        if status_of(error) == FAULT:  # other ranks may be gone: taking the groups down could wait for them
+            raise
+        process_groups.destroy()
+        raise
+    process_groups.destroy()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == FAULT:  # threads may wait for a rank or a disk that is gone; nothing waits for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -42,6 +42,11 @@ def latest(root: str | Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def step_of(folder: Path) -> int:
+    """The step of a complete checkpoint, by its name."""
+    return _age(folder)[0]
+
+
 def resolve(folder: str | Path) -> Path:
     """A checkpoint from what a user gives: the checkpoint's own folder, or a folder of checkpoints, whose latest is meant."""
     folder = Path(folder)

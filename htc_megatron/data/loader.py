@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class DataLoader:
         (self.epoch, self.rows, self.padding_share), batches = next(self._prefetch)
         self.consumed_batches += 1
         return batches
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next step can be had at once; waits for it up to `seconds`. What could not be built is ready too: to be raised."""
+        return self._prefetch.ready(seconds)
 
     @property
     def wait_seconds(self) -> float:
@@ -188,7 +192,7 @@ class Prefetcher:
         begin = time.perf_counter()
         self._asked += 1
         if self._asked == 2:
-            self._begun = begin
+            self._begun = self._begun or begin
         try:
             if self._pool is None:
                 state, micro_batches = next(self._steps)
@@ -207,6 +211,21 @@ class Prefetcher:
         finally:
             if self._asked > 1:
                 self.wait_seconds += time.perf_counter() - begin
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next step is built, or would be built by asking for it (workers 0); waits up to `seconds`."""
+        if self._pool is None or self._closed:
+            return True
+        begin = time.perf_counter()
+        self._fill()
+        if not self._ahead:
+            return True
+        _, futures = self._ahead[0]
+        done, not_done = wait(futures, seconds, FIRST_EXCEPTION)
+        if self._asked:
+            self._begun = self._begun or begin
+            self.wait_seconds += time.perf_counter() - begin
+        return not not_done or any(future.exception() for future in done)
 
     def close(self) -> None:
         self._closed = True

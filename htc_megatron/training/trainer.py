@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from htc_megatron.checkpoint import CheckpointError, HostBuffers, Loaded, PendingSave, latest, load, save, save_async
-from htc_megatron.checkpoint.folder import resolve
+from htc_megatron.checkpoint.folder import resolve, step_of
 from htc_megatron.checkpoint.rng import rng_state, set_rng_state
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.dataset import PreparedData
@@ -21,7 +21,9 @@ from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import sum_over
 from htc_megatron.training.build import build_engine, checkpoint_state
 from htc_megatron.training.flops import peak_flops, step_flops
+from htc_megatron.training.life import Interrupt, Stopped, TrainingError
 from htc_megatron.training.logger import Logger
+from htc_megatron.training.meeting import Meeting
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import evaluate, train_step
 from htc_megatron.training.tower_features import TowerFeatures
@@ -29,6 +31,7 @@ from htc_megatron.weights.table import ADAPTER, component
 
 # What a checkpoint's `extra` calls the data that its step number is a place in, and the packer of the rows that steps are made of
 DATA, PACKING = "data_fingerprint", "packer"
+DATA_WAIT = 1.0  # seconds a rank waits for its data before the ranks ask each other whether to stop
 MAY_BE_NEW = (ADAPTER, "voco")  # parts that a run may add to the weights it starts from
 
 
@@ -36,10 +39,6 @@ def _new_part(name: str) -> str:
     """The part that a weight belongs to, if it may be new."""
     part = component(name)
     return part if part in MAY_BE_NEW else ""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; a sentence for the user."""
 
 
 def check_files(config: RunConfig) -> None:
@@ -60,6 +59,12 @@ def check_files(config: RunConfig) -> None:
         load_codebook(config.mgvq_checkpoint, config.model.mgvq)
     if config.init_from:
         resolve(config.init_from)
+
+
+def first_step(config: RunConfig) -> int:
+    """The step that a run begins or goes on at, by the name of its last checkpoint."""
+    found = latest(Path(config.output_dir) / "checkpoints") if config.resume == "auto" else None
+    return 0 if found is None else step_of(found)
 
 
 def check_same_order(saved: RunConfig, config: RunConfig, source: Path) -> None:
@@ -97,10 +102,13 @@ class Trainer:
     A save that fails on any rank fails on all, but each learns it at its own time, so nothing is raised before they meet for the
     next save (the first rank says so at once). That one is then waited for: if it succeeds, no step is lost and the run goes on;
     if it fails too, its CheckpointError ends the run on every rank.
+
+    interrupt: what may ask a rank to save and stop. All ranks then do so at the same step, and `run` raises Stopped.
     """
 
-    def __init__(self, config: RunConfig, zero: dict, groups: Groups):
+    def __init__(self, config: RunConfig, zero: dict, groups: Groups, interrupt: Interrupt | None = None):
         self.config, self.groups = config, groups
+        self.meeting = Meeting(groups, interrupt or Interrupt())
         codebook = None
         if groups.first_stage and config.model.has_mgvq:
             codebook = load_codebook(config.mgvq_checkpoint, config.model.mgvq)
@@ -108,8 +116,9 @@ class Trainer:
         self.state = checkpoint_state(self.engine, config)
         self.folder = Path(config.output_dir) / "checkpoints"
         self.saved: Path | None = None  # the last complete checkpoint
+        self.saved_step = -1  # the step of it
         self.new_parts: tuple[str, ...] = ()  # what init_from was without
-        self.step_number = self._start()
+        self.step_number = self.began_at = self._start()
         self.pending: PendingSave | None = None
         self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
         self.buffers = HostBuffers()
@@ -142,7 +151,7 @@ class Trainer:
             check_same_data(loaded, PreparedData(config.data.train))
             if loaded.rng is not None:
                 set_rng_state(loaded.rng)
-            self.saved = found
+            self.saved, self.saved_step = found, loaded.step
             return loaded.step
         if config.init_from:
             # weights must fit, some parts may be new; mask and fusion may differ between stages
@@ -164,8 +173,9 @@ class Trainer:
             cache, size = self.features.cache, self.features.cache.size_of(self.loader.data) / 2**30
             self.logger.say(f"data.feature_cache: {cache.folder} takes up to {size:.2f} GiB, {cache.stride} bytes an image")
         try:
+            self.meeting.interrupt.arm()
             for step in range(self.step_number, training.train_iters):
-                batches = next(self.loader)
+                batches = self._next_batches()
                 if self.features is not None:
                     self.features.agree(batches)
                 lr = learning_rate(optimizer, step, training.train_iters)
@@ -204,6 +214,26 @@ class Trainer:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
         return self.saved
 
+    def _next_batches(self) -> list[MicroBatch]:
+        """The data of the next step, or the end of the run where any rank is asked to stop: also while a rank waits for its data,
+        which the others then wait for."""
+        ready = self.loader.ready(0.0)
+        while True:
+            reason, waiting = self.meeting.agree(not ready)
+            if reason:
+                self._stop(reason)
+            if not waiting:
+                return next(self.loader)
+            ready = self.loader.ready(DATA_WAIT)
+
+    def _stop(self, reason: str) -> None:
+        """Save where there is something to save, and raise Stopped."""
+        self._end_save()
+        if self.step_number > max(self.saved_step, self.began_at):
+            self.save(wait=True)
+        where = f"goes on from {self.saved}" if self.saved else "has no checkpoint to go on from"
+        raise Stopped(f"step {self.step_number}: asked to stop by {reason}; the run {where}")
+
     def _report_epoch(self) -> str:
         """Write down how the current epoch is packed, and say it."""
         loader, length = self.loader, self.config.training.seq_length
@@ -226,13 +256,17 @@ class Trainer:
         return int(work[0]), float(work[1])
 
     def _evaluate(self) -> None:
+        """Measure the loss on the validation data; a run that is asked to stop leaves off, and stops before its next step."""
         steps = self.validation if self.features is None else self.features.around(self.validation)
-        loss = evaluate(self.engine, steps)
+        loss = evaluate(self.engine, self.meeting.until_asked(steps))
+        if self.meeting.asked:
+            return
         self.logger.write(self.step_number, {"validation/loss": loss})
         self.logger.say(f"step {self.step_number}: validation loss {loss:.4f}")
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, or begin to. Raises CheckpointError, on every rank alike, where it fails at once."""
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of this step, or begin to. wait: until it is written. Raises CheckpointError, on every rank alike, where
+        it fails at once."""
         training, groups = self.config.training, self.groups
         began = time.perf_counter()
         failed = self._end_save()
@@ -243,11 +277,11 @@ class Trainer:
             "rng": rng_state(),
         }
         how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
-        if training.async_save and self.step_number < training.train_iters and not failed:
+        if training.async_save and self.step_number < training.train_iters and not failed and not wait:
             self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
             self.stall, self.told = time.perf_counter() - began, False
         else:
-            self.saved = save(self.folder, self.state, **what, **how)
+            self.saved, self.saved_step = save(self.folder, self.state, **what, **how), self.step_number
             seconds = time.perf_counter() - began
             self._report_save(self.step_number, seconds, seconds)
 
@@ -257,7 +291,7 @@ class Trainer:
             return False
         pending, self.pending = self.pending, None
         try:
-            self.saved = pending.wait()
+            self.saved, self.saved_step = pending.wait(), pending.step
         except CheckpointError:
             self._tell_failure(pending)
             return True

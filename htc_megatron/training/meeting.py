@@ -1,0 +1,37 @@
+"""What all ranks must know before they go on: whether any of them is asked to stop, or waits for its data."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from htc_megatron.parallel.groups import Groups
+from htc_megatron.training.life import Interrupt
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """One small all-reduce over the world, before each step of training and of evaluation.
+
+    Attributes: asked: whether any rank has been asked to stop; once it is so it stays so.
+    """
+
+    def __init__(self, groups: Groups, interrupt: Interrupt):
+        self.groups, self.interrupt, self.asked = groups, interrupt, False
+
+    def agree(self, waiting: bool = False) -> tuple[str, bool]:
+        """Why to stop ("" where no rank is asked to), and whether any rank is `waiting`. Called by every rank."""
+        reason = self.interrupt.reason
+        flags = torch.tensor([self.asked or bool(reason), waiting], dtype=torch.int32, device=self.groups.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self.asked, waits = map(bool, flags.tolist())
+        return (reason or "another rank's signal or limit") if self.asked else "", waits
+
+    def until_asked(self, steps: Iterable[T]) -> Iterator[T]:
+        """The same steps, up to the moment at which any rank is asked to stop. Iterated by every rank."""
+        for step in steps:
+            if self.agree()[0]:
+                return
+            yield step
