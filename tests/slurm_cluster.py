@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+LOG_TAIL = 3000
 DAEMONS = ("slurmctld", "slurmd")
 PATH = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", os.environ.get("PATH", "")])
 CONFIGURATION = """
@@ -79,6 +80,7 @@ class SlurmCluster:
     def __init__(self, folder: Path, nodes: int):
         self.folder, self.nodes = folder, [f"127.0.0.{11 + i}" for i in range(nodes)]
         self.processes: list[subprocess.Popen] = []
+        self.shown = [folder]  # whose logs are shown when something does not come
         (folder / "state").mkdir(parents=True)
         (folder / "spool").mkdir()
         port = _free_ports(nodes + 1)
@@ -104,7 +106,7 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(Exception):
+        with suppress(subprocess.SubprocessError, TimeoutError):
             self.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
             self.run("scancel", "--user", getpass.getuser())
             self.wait(lambda: not self.run("squeue", "-h").strip(), "an empty queue", 10)
@@ -142,6 +144,7 @@ class SlurmCluster:
         until = time.monotonic() + seconds
         while not done():
             if time.monotonic() > until:
-                logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in self.folder.glob("*.log"))
+                files = [path for folder in self.shown for path in sorted(folder.glob("*.log"))]
+                logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_TAIL:]}" for path in files)
                 raise TimeoutError(f"waited {seconds:g} s for {what}\n{logs}")
             time.sleep(0.1)
