@@ -73,15 +73,14 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(ranks, tmp_path):
         cluster.shown.append(output_dir / "logs")
         options = ["--nodes", "1-2", "--cpu-ranks-per-node", "1", "--time", "30", "--signal-before", "75", "--min-free-gib", "0.1"]
         command = [sys.executable, str(LAUNCH), "--config", str(run), *options, *RUN, f"output_dir={output_dir}"]
-        done = subprocess.run(
-            command, env=cluster.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=120
-        )
+        environment = cluster.environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         job = re.search(r"submitted as job (\d+)", done.stdout)[1]
         log = output_dir / "logs" / f"htc-job-{job}.log"
 
         cluster.wait(lambda: step_of(output_dir) >= 3, "step 3", 200)
-        with standing_still(ranks_of(output_dir)) as _:
+        with standing_still(ranks_of(output_dir)):
             end_soon(cluster, job)
             expected = ranks(2).run(train, str(run), [*RUN, f"output_dir={tmp_path}/whole"])[0]
             cluster.wait(lambda: "asked to save and stop" in log.read_text(), "SLURM's signal", 100)
