@@ -82,12 +82,12 @@ def test_a_process_without_launcher_is_alone():
 CONFLICTS = {
     "half of torchrun": (
         {"RANK": "0", "WORLD_SIZE": "2"},
-        "the launcher set RANK, WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        "the launcher set RANK, WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR",
     ),
     "a master alone": ({"MASTER_ADDR": "x", "MASTER_PORT": "1"}, "the launcher set MASTER_ADDR, MASTER_PORT but not RANK"),
     "copies under srun": (
         TORCHRUN | SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
-        "WORLD_SIZE in the environment: got 1, wanted a multiple of the 4",
+        "WORLD_SIZE in the environment: got 1, wanted a multiple",
     ),
     "copies under mpiexec": (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "3"}, "the 3 processes that mpiexec started"),
     "another world": (SRUN | {"WORLD_SIZE": "16"}, "WORLD_SIZE in the environment: got '16', but srun says 4"),

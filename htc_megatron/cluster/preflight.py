@@ -83,9 +83,12 @@ def _preflight(config: RunConfig, launch: Launch, limits: Limits, clock: Callabl
     found = Findings(node_name(), environment=environment())
     output_dir = Path(config.output_dir)
     with _Answering(own_address(launch), clock) as server:
-        token = f"{TOKEN}{uuid.uuid4().hex}"
+        token = ""  # rank 0's file in output_dir, if it could be written
         if launch.rank == 0:
-            found.paths += _write_token(output_dir, token)
+            token = f"{TOKEN}{uuid.uuid4().hex}"
+            failures = list(_write_token(output_dir, token))
+            found.paths += failures
+            token = "" if failures else token
         hello = {"node": found.node, "address": server.address, "port": server.port, "token": token}
         store.set(f"hello/{launch.rank}", json.dumps(hello))
         others, absent = _meet(store, launch, limits.seconds)
@@ -97,8 +100,8 @@ def _preflight(config: RunConfig, launch: Launch, limits: Limits, clock: Callabl
         token = others.get(0, hello)["token"]
         found.paths += _paths(config, found)
         found.paths += _disk(output_dir, limits)
-        if launch.rank:
-            found.machine += _shared(output_dir, token, launch.rank)
+        if launch.rank and token:
+            found.machine += _shared(output_dir, token, launch.rank, min(CALL_S, limits.seconds / 2))
         store.set(f"found/{launch.rank}", json.dumps(vars(found)))
         part[0] = "gathering what the others found"
         verdict = (
@@ -237,9 +240,9 @@ def _disk(output_dir: Path, limits: Limits) -> Iterator[str]:
         yield f"output_dir: {output_dir} has {free:.1f} GiB free, wanted {max(wanted, limits.min_free_gib):.1f} ({what})"
 
 
-def _shared(output_dir: Path, token: str, rank: int) -> Iterator[str]:
+def _shared(output_dir: Path, token: str, rank: int, seconds: float) -> Iterator[str]:
     """Whether rank 0's file is seen here, and this rank can write one beside it."""
-    until = time.monotonic() + CALL_S  # a network file system may show it late
+    until = time.monotonic() + seconds  # a network file system may show it late
     while not (output_dir / token).is_file():
         if time.monotonic() > until:
             yield f"output_dir: {output_dir} on node {node_name()} lacks what rank 0 wrote there; wanted one file system for all nodes"
@@ -262,7 +265,7 @@ def _gather(store: dist.Store, launch: Launch, limits: Limits, absent: list[int]
             machine.append(f"rank {rank} came, and then was not heard of for {limits.seconds:g} s")
         else:
             found[rank] = Findings(**one)
-    for file in output_dir.glob(f"{token}*"):
+    for file in output_dir.glob(f"{token}*") if token else ():
         file.unlink(missing_ok=True)
     nodes = {one.node: one for one in found.values()}
     refused = []
