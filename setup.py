@@ -26,7 +26,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["htc_megatron", "htc_megatron.*"]),
-    package_data={"": ["*.json", "*.yaml", "*.txt", "*.jinja"]},
+    package_data={"": ["*.json", "*.yaml", "*.txt", "*.jinja", "*.sh"]},
     entry_points={"lmms_eval.models": ["htc_vlm = htc_megatron.evaluation.lmms_eval_plugin:manifest"]},
     install_requires=pinned(
         "torch",
@@ -43,7 +43,7 @@ setup(
         "tqdm",
     ),
     extras_require={  # GPU packages (Transformer Engine, FlashAttention) are used where they are found, and never required
-        "test": pinned("hypothesis", "openpyxl", "peft", "py-spy", "pytest", "ruff", "scikit-learn", *LMMS_EVAL, *SERVE),
+        "test": pinned("hypothesis", "mpi4py", "mpich", "openpyxl", "peft", "py-spy", "pytest", "ruff", "scikit-learn", *LMMS_EVAL, *SERVE),
         "examples": pinned("easy-vqa", "matplotlib"),
         "evaluation": pinned("openpyxl", "scikit-learn"),
         "lmms-eval": pinned(*LMMS_EVAL),  # and then lmms-eval itself, with --no-deps

@@ -1,6 +1,8 @@
 """Train HTC-VLM on any layout of TP x PP x DP with ZeRO 1 to 3.
 
 torchrun --nproc-per-node N pretrain/pretrain_htc.py --config pretrain/recipes/X.yaml [overlay.yaml ...] key=value ...
+
+The same under srun and mpiexec, or alone as one process; tools/launch.py makes a SLURM job of it.
 """
 
 import argparse
@@ -25,7 +27,9 @@ def main() -> int:
     status = ExitStatus()
     with Interrupt(status) as interrupt:
         args = parser.parse_args()
-        first = os.environ.get("RANK", "0") == "0"
+        from htc_megatron.parallel.launch import speaks
+
+        first = speaks()
         try:
             config = load_config(*files_and_overrides([*args.config, *args.overrides]))
             if args.show:
@@ -53,16 +57,17 @@ def main() -> int:
 
 def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bool) -> None:
     """Check everything that can be checked, then make the process groups and train. Raises what `status_of` knows."""
-    from htc_megatron.parallel.groups import launched_world_size
+    from htc_megatron.parallel.launch import discover
     from htc_megatron.parallel.support import refuse_untested
 
-    world_size, zero = launched_world_size(), load_zero(config.zero)
-    check(config, world_size)
-    refuse_untested(config, world_size, zero["zero_optimization"]["stage"])
+    launch, zero = discover(), load_zero(config.zero)
+    check(config, launch.world_size)
+    refuse_untested(config, launch.world_size, zero["zero_optimization"]["stage"])
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from htc_megatron.checkpoint import CheckpointError
+    from htc_megatron.cluster.report import tell_environment
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.parallel.zero import refuse_unsupported
     from htc_megatron.training.trainer import Trainer, check_files, first_step
@@ -75,6 +80,7 @@ def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bo
     groups = process_groups.initialise(config.parallel, config.training.seed)
     with Watchdog(groups, config.life, status) as watchdog:
         try:
+            tell_environment(launch, groups.checkpoint)
             trainer = Trainer(config, zero, groups, interrupt)
             try:
                 trainer.run()

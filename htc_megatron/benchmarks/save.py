@@ -22,6 +22,7 @@ from htc_megatron.config import RunConfig
 from htc_megatron.config_io import check, load_zero
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.parallel.groups import Groups
+from htc_megatron.parallel.launch import discover
 from htc_megatron.training.build import build_engine, checkpoint_state
 from htc_megatron.training.step import train_step
 
@@ -127,7 +128,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, say: Say) -> Result:
     """The figures of `measure_saving` for the model and layout asked for. Raises ConfigError."""
-    world = process_groups.launched_world_size()
+    world = discover().world_size
     shape = (args.tp, args.pp, max(1, world // (args.tp * args.pp)))
     config = workload_config(args.parameters, *shape, args.zero, args.precision, args.seq_length, args.micro_batches)
     check(config, world)

@@ -1,18 +1,15 @@
 """Process groups: from the launcher's environment to the ranks and groups of TP, PP and DP."""
 
-import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from htc_megatron.config import ConfigError, ParallelConfig
+from htc_megatron.config import ParallelConfig
 from htc_megatron.parallel import patches
 from htc_megatron.parallel.host_memory import keep_freed_memory
-
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from htc_megatron.parallel.launch import discover
 
 
 @dataclass(frozen=True)
@@ -43,32 +40,10 @@ class Groups:
         return self.pp_rank == self.pp_size - 1
 
 
-def launched_world_size() -> int:
-    """World size from the launcher's environment (torchrun); 1 without one. Refuses half of an environment."""
-    present = [name for name in LAUNCH_VARIABLES if name in os.environ]
-    if not present:
-        return 1
-    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"the launcher set {', '.join(present)} but not {', '.join(missing)}: start with torchrun, or without any of them"
-        )
-    return int(os.environ["WORLD_SIZE"])
-
-
-def _stand_alone() -> None:
-    """One process without a launcher: give DeepSpeed a whole environment, or its MPI discovery runs."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
 def initialise(parallel: ParallelConfig, seed: int) -> Groups:
     """Make every process group: gloo on CPU, NCCL on GPU. `parallel` must have been checked against the world size."""
     patches.check_versions()
-    _stand_alone()
+    launch = discover()  # alone it gives DeepSpeed a whole environment, or its MPI discovery runs
     on_gpu = torch.cuda.is_available()
     patches.megatron_on_cpu()
     patches.name_collectives()
@@ -77,8 +52,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> Groups:
     from megatron.core import tensor_parallel
 
     patches.deepspeed_without_shm_op()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     else:
