@@ -4,14 +4,14 @@ Nothing is computed: every operation of a real forward and backward is seen with
 counted. Layers are alike, so a stage of many is counted from the same stage with a few and with one more.
 """
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -53,10 +53,11 @@ class Counted:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of meta storages that operations made and that are still alive. most: the most there were."""
+    """Counts the bytes of meta storages that operations made and that are still alive, the module's own aside. most: there ever were."""
 
-    def __init__(self):
+    def __init__(self, module: nn.Module):
         super().__init__()
+        self._known = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
         self._alive: dict[int, weakref.ref] = {}
         self.most = 0
 
@@ -71,7 +72,7 @@ class Live(TorchDispatchMode):
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._alive or self._alive[key]() is None:
+        if key not in self._known and (key not in self._alive or self._alive[key]() is None):
             self._alive[key] = weakref.ref(storage)
 
     def bytes(self) -> int:
@@ -88,23 +89,36 @@ class Live(TorchDispatchMode):
         return total
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
-    """SDPA by a fused kernel, as devices run it; on the meta device torch would take the one that writes all logits down."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
+class _Flash(torch.autograd.Function):
+    """What SDPA's fused kernels keep: their arguments, the result and a number a row. (On the meta device torch would take the
+    road that writes all logits down.)"""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
+    """SDPA's signature."""
+    return _Flash.apply(query, key, value)
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    import torch.nn.functional as F
-
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _flash
+def _on_meta() -> Iterator[None]:
+    """Within it SDPA keeps what a fused kernel does, and megatron-core, which asks for the current device, makes its buffers on META."""
+    attention, device = F.scaled_dot_product_attention, torch.cuda.current_device
+    F.scaled_dot_product_attention, torch.cuda.current_device = _flash, lambda: META
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention, torch.cuda.current_device = attention, device
 
 
 class FakeWorld:
@@ -200,8 +214,7 @@ def activations_of(module: HTCVLM, batch: MicroBatch) -> dict[str, float]:
     hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in module.parameters() if p.requires_grad]
     rows, length = module.shape_between_stages(batch.layout)
     shape = (length // module.shares * rows, 1, module.config.hidden_size)
-    gc.collect()
-    with Live() as live, _fused_attention():
+    with Live(module) as live, _on_meta():
         if not module.first:
             module.set_input_tensor([torch.empty(shape, dtype=module.config.params_dtype, device=META, requires_grad=True)])
         out = module(batch)
@@ -220,4 +233,3 @@ def _let_go(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-Counter = Callable[[RunConfig, tuple[int, ...], int, MicroBatch | None], Counted]
