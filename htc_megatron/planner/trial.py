@@ -130,6 +130,7 @@ class FakeWorld:
     def __init__(self, world_size: int):
         self.world_size = world_size
         self._tp: int | None = None
+        self._known: dict[tuple, Counted] = {}
 
     def __enter__(self) -> "FakeWorld":
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -173,13 +174,25 @@ class FakeWorld:
         return module
 
     def count(self, config: RunConfig, layers: tuple[int, ...], stage: int, batch: MicroBatch | None) -> Counted:
-        """What a stage holds, and with a batch what a micro-batch needs on it. layers: of each stage."""
+        """What a stage holds, and with a batch what a micro-batch needs on it. layers: of each stage.
+
+        The same answer is not worked out twice: calls of one world differ in layout and batch alone.
+        """
         few = [min(count, FEW) for count in layers]
-        found = self._counted(config, few, stage, batch)
+        found = self._once(config, few, stage, batch)
         if layers[stage] == few[stage]:
             return found
         few[stage] += 1
-        return found.with_layers(self._counted(config, few, stage, batch), layers[stage] - FEW)
+        return found.with_layers(self._once(config, few, stage, batch), layers[stage] - FEW)
+
+    def _once(self, config: RunConfig, layers: list[int], stage: int, batch: MicroBatch | None) -> Counted:
+        parallel, behind = config.parallel, min(sum(layers[stage + 1 :]), FEW)
+        key = (parallel.tensor_model_parallel_size, stage == 0, stage == len(layers) - 1, layers[stage], behind, config.training.precision)
+        if batch is not None:
+            key += (parallel.sequence_parallel, parallel.recompute, batch.layout.rows, batch.layout.seq_length)
+        if key not in self._known:
+            self._known[key] = self._counted(config, layers, stage, batch)
+        return self._known[key]
 
     def _counted(self, config: RunConfig, layers: list[int], stage: int, batch: MicroBatch | None) -> Counted:
         model = replace(config.model, backbone=replace(config.model.backbone, num_layers=sum(layers)))
