@@ -23,7 +23,7 @@ from htc_megatron.model.naming import is_decayed
 from htc_megatron.parallel import patches
 
 META = torch.device("meta")
-FEW = 2  # layers of a stage that is run: the last two of a model differ from those before them
+FEW = 2  # layers of a model that differ from those before them, its last ones: a stage that has them is run with so many, others with one
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,26 @@ class Live(TorchDispatchMode):
         super().__init__()
         self._known = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
         self._alive: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}  # when last asked
         self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                self.add(tensor)
-        self.most = max(self.most, self.bytes())
+        found = [self._add(tensor) for tensor in tree_iter(out) if isinstance(tensor, Tensor) and tensor.device.type == "meta"]
+        if any(found):
+            self.most = max(self.most, self.bytes())
         return out
 
-    def add(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> bool:
+        """Take note of a tensor's storage. Returns whether there may be more bytes alive than before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._known and (key not in self._alive or self._alive[key]() is None):
+        if key in self._known:
+            return False
+        known = key in self._alive and self._alive[key]() is not None
+        if not known:
             self._alive[key] = weakref.ref(storage)
+        return not known or storage.nbytes() > self._sizes.get(key, 0)
 
     def bytes(self) -> int:
         """Alive now. Sizes are asked for each time: model/elementwise.py empties storages in between."""
@@ -81,11 +86,13 @@ class Live(TorchDispatchMode):
         for key, reference in self._alive.items():
             storage = reference()
             if storage is None:
+                self._sizes.setdefault(key, 0)
                 gone.append(key)
             else:
-                total += storage.nbytes()
+                self._sizes[key] = storage.nbytes()
+                total += self._sizes[key]
         for key in gone:
-            del self._alive[key]
+            del self._alive[key], self._sizes[key]
         return total
 
 
@@ -179,11 +186,13 @@ class FakeWorld:
         The same answer is not worked out twice: calls of one world differ in layout and batch alone.
         """
         few = [min(count, FEW) for count in layers]
+        if sum(few[stage + 1 :]) >= FEW:
+            few[stage] = 1
         found = self._once(config, few, stage, batch)
         if layers[stage] == few[stage]:
             return found
         few[stage] += 1
-        return found.with_layers(self._once(config, few, stage, batch), layers[stage] - FEW)
+        return found.with_layers(self._once(config, few, stage, batch), layers[stage] - few[stage] + 1)
 
     def _once(self, config: RunConfig, layers: list[int], stage: int, batch: MicroBatch | None) -> Counted:
         parallel, behind = config.parallel, min(sum(layers[stage + 1 :]), FEW)
@@ -198,9 +207,13 @@ class FakeWorld:
         model = replace(config.model, backbone=replace(config.model.backbone, num_layers=sum(layers)))
         sizes = {"pipeline_model_parallel_size": len(layers), "layers_per_stage": tuple(layers), "attention": "split"}
         config = replace(config, model=model, parallel=replace(config.parallel, **sizes))
-        module = self.build(config, stage)
-        counted = parameters_of(module)
-        return counted if batch is None else replace(counted, **activations_of(module, batch))
+        counted = parameters_of(self.build(config, stage))
+        if batch is None:
+            return counted
+        if "vision" in config.training.freeze:  # keeps nothing, and its layers need the same in turn
+            vision = replace(model.vision, num_layers=1)
+            config = replace(config, model=replace(model, vision=vision))
+        return replace(counted, **activations_of(self.build(config, stage), batch))
 
 
 def parameters_of(module: HTCVLM) -> Counted:
