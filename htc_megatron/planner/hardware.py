@@ -35,7 +35,7 @@ class Hardware:
     achievable: float = 0.55
     node_latency: float = 10e-6  # seconds a collective takes beside its bytes, within a node and between nodes (assumed)
     network_latency: float = 30e-6
-    cores: int | None = None
+    cores: float | None = None
 
     def peak(self, precision: str) -> float:
         """FLOP/s of dense products in training.precision."""
@@ -51,18 +51,48 @@ class Hardware:
 # vendor's own DGX node: ConnectX-6 HDR 200 Gbit/s (A100), ConnectX-7 NDR 400 Gbit/s (H100, H200, B200).
 _TABLE = (
     Hardware(
-        "a100-40g", 40 * GB, 312 * TERA, 19.5 * TERA, 1555 * GB, 300 * GB, 25 * GB, "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet"
+        "a100-40g",
+        40 * GB,
+        312 * TERA,
+        19.5 * TERA,
+        1555 * GB,
+        300 * GB,
+        25 * GB,
+        "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
     ),
     Hardware(
-        "a100-80g", 80 * GB, 312 * TERA, 19.5 * TERA, 2039 * GB, 300 * GB, 25 * GB, "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet"
+        "a100-80g",
+        80 * GB,
+        312 * TERA,
+        19.5 * TERA,
+        2039 * GB,
+        300 * GB,
+        25 * GB,
+        "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
     ),
     Hardware(
-        "h100-80g", 80 * GB, 989 * TERA, 67 * TERA, 3350 * GB, 450 * GB, 50 * GB, "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet"
+        "h100-80g",
+        80 * GB,
+        989 * TERA,
+        67 * TERA,
+        3350 * GB,
+        450 * GB,
+        50 * GB,
+        "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet",
     ),
     Hardware(
-        "h200-141g", 141 * GB, 989 * TERA, 67 * TERA, 4800 * GB, 450 * GB, 50 * GB, "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet"
+        "h200-141g",
+        141 * GB,
+        989 * TERA,
+        67 * TERA,
+        4800 * GB,
+        450 * GB,
+        50 * GB,
+        "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet",
     ),
-    Hardware("b200", 180 * GB, 2250 * TERA, 75 * TERA, 8000 * GB, 900 * GB, 50 * GB, "NVIDIA DGX B200 data sheet, an eighth of its figures"),
+    Hardware(
+        "b200", 180 * GB, 2250 * TERA, 75 * TERA, 8000 * GB, 900 * GB, 50 * GB, "NVIDIA DGX B200 data sheet, an eighth of its figures"
+    ),
 )
 TABLE = {one.name: one for one in _TABLE}
 CPU = "cpu"

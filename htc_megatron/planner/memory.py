@@ -29,7 +29,9 @@ class Memory:
         return self.states + max(self.passes, self.reduction, self.step)
 
 
-def memory_of(counted: Counted, zero: dict, precision: str, dp: int, in_flight: int, micro_batches: int, reduce_once: bool = False) -> Memory:
+def memory_of(
+    counted: Counted, zero: dict, precision: str, dp: int, in_flight: int, micro_batches: int, reduce_once: bool = False
+) -> Memory:
     """Of one rank of a stage.
 
     zero: the DeepSpeed JSON as `load_zero` gave it. in_flight: micro-batches between their passes at most on this stage, under 1F1B.

@@ -246,7 +246,11 @@ class Planner:
         reasons = "; ".join(sorted(self.refusals, key=self.refusals.get)[-2:])
         batch = self.config.training.global_batch_size
         nearest = next((n for n in range(self.cluster.nodes - 1, 0, -1) if Planner(self.config, self._nodes(n))._any()), None)
-        other = f"the nearest that has one is --nodes {nearest}" if nearest else f"no smaller number of nodes has one; global_batch_size is {batch}"
+        other = (
+            f"the nearest that has one is --nodes {nearest}"
+            if nearest
+            else f"no smaller number of nodes has one; global_batch_size is {batch}"
+        )
         return f"--nodes: got {self.cluster.nodes} ({world} ranks), for which there is no layout ({reasons}); {other}"
 
     def _any(self) -> bool:

@@ -88,7 +88,14 @@ class Speed:
 
 
 def speed_of(
-    config: RunConfig, zero: dict, hardware: Hardware, per_node: int, world_size: int, layers: Sequence[int], stages: Sequence[Counted], work: Work
+    config: RunConfig,
+    zero: dict,
+    hardware: Hardware,
+    per_node: int,
+    world_size: int,
+    layers: Sequence[int],
+    stages: Sequence[Counted],
+    work: Work,
 ) -> Speed:
     """Of a layout whose stages were counted. work: of a micro-batch."""
     parallel, training, backbone = config.parallel, config.training, config.model.backbone
@@ -99,7 +106,9 @@ def speed_of(
     links = Links(hardware, per_node, tp, dp)
     rate = hardware.peak(training.precision) * hardware.achievable * tp
     operations = stage_costs(part_costs(config, work), tuple(layers))
-    message = size * backbone.hidden_size * capacity(training.micro_batch_size, training.seq_length, tp if parallel.sequence_parallel else 1)
+    message = (
+        size * backbone.hidden_size * capacity(training.micro_batch_size, training.seq_length, tp if parallel.sequence_parallel else 1)
+    )
     again = parallel.recompute == "full"
     costs, exchanged, passes_s = [], [], []
     for stage, (ops, count) in enumerate(zip(operations, layers, strict=True)):
@@ -108,7 +117,9 @@ def speed_of(
         sent = (message / (tp if parallel.sequence_parallel else 1)) / links.stages[0] + links.stages[1]
         ways = [(stage > 0) * sent, (stage < pp - 1) * sent] if pp > 1 else [0.0, 0.0]
         rows = work.tokens * count
-        touched = rows * (8 * backbone.hidden_size + 5 * backbone.ffn_hidden_size / tp) * size / hardware.memory_bandwidth  # norms, SwiGLU, sums
+        touched = (
+            rows * (8 * backbone.hidden_size + 5 * backbone.ffn_hidden_size / tp) * size / hardware.memory_bandwidth
+        )  # norms, SwiGLU, sums
         redone = touched / 2 if parallel.recompute == "selective" else touched if again else 0.0
         forward = ops.forward / rate + reduced + ways[0] + touched
         backward = ops.backward / rate + reduced * (2 if again else 1) + ways[1] + 2 * touched + redone

@@ -257,5 +257,3 @@ def activations_of(module: HTCVLM, batch: MicroBatch) -> dict[str, float]:
 
 def _let_go(parameter: nn.Parameter) -> None:
     parameter.grad = None
-
-
