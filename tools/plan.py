@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
-        "--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, h200-141g, b200; cpu: this machine's (default: %(default)s)"
+        "--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, h200-141g, b200; cpu: this machine (default: %(default)s)"
     )
     parser.add_argument("--top", type=int, default=10, help="how many layouts to list (default: %(default)s)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the best as YAML to lay over the run's")

@@ -6,7 +6,7 @@ steps, because on a machine with other work the rates differ from one minute to 
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -150,14 +150,8 @@ def summary(found: list[tuple[Plan, list[dict[str, Any]]]], parameters: int) -> 
         of_stages = [max(rank["peak_mib"] for rank in ranks[i : i + each]) for i in range(0, len(ranks), each)]
         errors = [memory.peak / 2**20 / peak - 1 for memory, peak in zip(plan.memory, of_stages, strict=True)]
         error, step = max(errors, key=abs), min(ranks[0]["step_s"])
-        one = {
-            "layout": asdict(plan.layout),
-            "foretold": plan.record(),
-            "measured_peak_mib": of_stages,
-            "error": error,
-            "step_s": ranks[0]["step_s"],
-        }
-        figures.append(one | {key: ranks[0][key] for key in ("alone", "together", "link", "latency")})
+        one = {"foretold": plan.record(), "measured_peak_mib": of_stages, "error": error}
+        figures.append(one | {key: ranks[0][key] for key in ("step_s", "alone", "together", "link", "latency")})
         rows += [
             (
                 f"{plan.layout}: MiB a rank, foretold / measured",

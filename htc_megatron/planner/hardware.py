@@ -18,7 +18,7 @@ class Hardware:
 
     memory: bytes of a device. bf16, fp32: peak FLOP/s of dense products. memory_bandwidth: of the device's own memory.
     node_link: between devices of a node. network: of a device's own adapter to other nodes.
-    reserved: share of memory that tensors cannot have: the driver's context, NCCL's buffers, what the allocator cannot reuse (assumed).
+    reserved: share of memory that tensors cannot have: driver's context, NCCL's buffers, gaps of the allocator (assumed).
     achievable: share of the peak that products reach in training (assumed; 1 where the peak was measured with real products).
     cores: devices that really compute at once; ranks beyond them share (a machine's CPU cores). None: every rank has its own.
     """
@@ -36,6 +36,7 @@ class Hardware:
     node_latency: float = 10e-6  # seconds a collective takes beside its bytes, within a node and between nodes (assumed)
     network_latency: float = 30e-6
     cores: float | None = None
+    hides: bool = True  # whether collectives can run beside products
 
     def peak(self, precision: str) -> float:
         """FLOP/s of dense products in training.precision."""
@@ -47,8 +48,13 @@ class Hardware:
         return self.memory * (1 - self.reserved)
 
 
+A100 = "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet"
+H100 = "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet"
+H200 = "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet"
+B200 = "NVIDIA DGX B200 data sheet, an eighth of its figures"
+
 # Dense peaks without sparsity; NVLink's figures in data sheets are both ways together and halved here; one adapter a GPU as in the
-# vendor's own DGX node: ConnectX-6 HDR 200 Gbit/s (A100), ConnectX-7 NDR 400 Gbit/s (H100, H200, B200).
+# vendor's own DGX node: ConnectX-6 HDR 200 Gbit/s (A100), ConnectX-7 NDR 400 Gbit/s (H100, H200, B200). fp32 is without TF32.
 _TABLE = (
     Hardware(
         "a100-40g",
@@ -58,7 +64,7 @@ _TABLE = (
         1555 * GB,
         300 * GB,
         25 * GB,
-        "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
+        A100,
     ),
     Hardware(
         "a100-80g",
@@ -68,7 +74,7 @@ _TABLE = (
         2039 * GB,
         300 * GB,
         25 * GB,
-        "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
+        A100,
     ),
     Hardware(
         "h100-80g",
@@ -78,7 +84,7 @@ _TABLE = (
         3350 * GB,
         450 * GB,
         50 * GB,
-        "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet",
+        H100,
     ),
     Hardware(
         "h200-141g",
@@ -88,11 +94,9 @@ _TABLE = (
         4800 * GB,
         450 * GB,
         50 * GB,
-        "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet",
+        H200,
     ),
-    Hardware(
-        "b200", 180 * GB, 2250 * TERA, 75 * TERA, 8000 * GB, 900 * GB, 50 * GB, "NVIDIA DGX B200 data sheet, an eighth of its figures"
-    ),
+    Hardware("b200", 180 * GB, 2250 * TERA, 75 * TERA, 8000 * GB, 900 * GB, 50 * GB, B200),
 )
 TABLE = {one.name: one for one in _TABLE}
 CPU = "cpu"
@@ -140,4 +144,5 @@ def measured_cpu() -> Hardware:
         node_latency=200e-6,
         network_latency=200e-6,
         cores=cores,
+        hides=False,
     )

@@ -14,8 +14,8 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = ["  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows]
     assumed = (
-        f"{cluster.nodes} x {cluster.per_node} {hardware.name} ({hardware.source}); tensors can have {hardware.usable / 2**30:.1f} GiB a rank; "
-        f"products are taken to reach {hardware.achievable:.0%} of the peak"
+        f"{cluster.nodes} x {cluster.per_node} {hardware.name} ({hardware.source}); "
+        f"tensors can have {hardware.usable / 2**30:.1f} GiB a rank; products are taken to reach {hardware.achievable:.0%} of the peak"
     )
     return "\n".join([assumed, *lines])
 

@@ -76,8 +76,9 @@ class Plan:
             "zero": self.config.zero,
         }
         header = (
-            f"# {layout}, micro-batches of {self.micro_batch_size}, for {layout.world_size} ranks: about {self.peak / 2**30:.1f} GiB a rank "
-            f"(stage {self.worst}), {self.speed.step_s:.3g} s a step, MFU {self.mfu:.1%}, by tools/plan.py\n"
+            f"# {layout}, micro-batches of {self.micro_batch_size}, for {layout.world_size} ranks: "
+            f"about {self.peak / 2**30:.1f} GiB a rank (stage {self.worst}), "
+            f"{self.speed.step_s:.3g} s a step, MFU {self.mfu:.1%}, by tools/plan.py\n"
         )
         return header + yaml.safe_dump(tree, sort_keys=False)
 
@@ -266,7 +267,7 @@ class Planner:
         need = f"{least.peak / gib:.1f} GiB a rank ({memory.states / gib:.1f} GiB of it weights, gradients and optimizer between steps)"
         at_least = "" if tried else " at least"
         said = (
-            f"--gpu: got {hardware.name} x {self.cluster.world_size}, which tensors can have {hardware.usable / gib:.1f} GiB of each, wanted"
+            f"--gpu: got {hardware.name} x {self.cluster.world_size}, tensors having {hardware.usable / gib:.1f} GiB of each, wanted"
             f"{at_least} {need} for the smallest layout, {least.layout}, micro-batches of {least.micro_batch_size}"
         )
         return f"{said}; {self._nearest()}"

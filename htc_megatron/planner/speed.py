@@ -1,8 +1,8 @@
 """Seconds of a step: operations over the share of the peak that products reach, messages over their links, and 1F1B's bubble.
 
-Assumed, and no more than that: collectives of tensor parallelism and messages between stages hide behind nothing; ZeRO-3's gathers run beside
-the passes they are made for and cost what they take longer than those; reductions of gradients hide behind nothing
-unless `overlap_comm` is on, and then as gathers do.
+Assumed, and no more than that: collectives of tensor parallelism and messages between stages hide behind nothing; ZeRO-3's
+gathers run beside the passes they are made for and cost what they take longer than those; reductions of gradients hide behind
+nothing unless `overlap_comm` is on, and then as gathers do. On CPU nothing hides: what exchanges is what computes.
 """
 
 import math
@@ -80,7 +80,7 @@ def work_of(config: RunConfig, batch: MicroBatch) -> Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """step_s: of a step. idle: shares of its passes in which each stage waits. exchange_s: what the slowest stage exchanges, of the step."""
+    """step_s: of a step. idle: shares of its passes in which each stage waits. exchange_s: exchanges of the slowest stage."""
 
     step_s: float
     idle: tuple[float, ...]
@@ -106,20 +106,18 @@ def speed_of(
     links = Links(hardware, per_node, tp, dp)
     rate = hardware.peak(training.precision) * hardware.achievable * tp
     operations = stage_costs(part_costs(config, work), tuple(layers))
-    message = (
-        size * backbone.hidden_size * capacity(training.micro_batch_size, training.seq_length, tp if parallel.sequence_parallel else 1)
-    )
+    shares = tp if parallel.sequence_parallel else 1
+    message = size * backbone.hidden_size * capacity(training.micro_batch_size, training.seq_length, shares)
     again = parallel.recompute == "full"
     costs, exchanged, passes_s = [], [], []
     for stage, (ops, count) in enumerate(zip(operations, layers, strict=True)):
         # Two reductions a layer each way; with sequence parallelism a gather and a scatter, which take as long together.
         reduced = 2 * count * _ring(size * work.tokens * backbone.hidden_size, tp, links.tensor, 2)
-        sent = (message / (tp if parallel.sequence_parallel else 1)) / links.stages[0] + links.stages[1]
+        sent = message / shares / links.stages[0] + links.stages[1]
         ways = [(stage > 0) * sent, (stage < pp - 1) * sent] if pp > 1 else [0.0, 0.0]
         rows = work.tokens * count
-        touched = (
-            rows * (8 * backbone.hidden_size + 5 * backbone.ffn_hidden_size / tp) * size / hardware.memory_bandwidth
-        )  # norms, SwiGLU, sums
+        wide = 8 * backbone.hidden_size + 5 * backbone.ffn_hidden_size / tp  # norms, SwiGLU, sums: entries read and written a row
+        touched = rows * wide * size / hardware.memory_bandwidth
         redone = touched / 2 if parallel.recompute == "selective" else touched if again else 0.0
         forward = ops.forward / rate + reduced + ways[0] + touched
         backward = ops.backward / rate + reduced * (2 if again else 1) + ways[1] + 2 * touched + redone
@@ -128,18 +126,17 @@ def speed_of(
         passes_s.append(micro_batches * (forward + backward))
     idle = idle_shares(costs, micro_batches)
     whole = max(total / (1 - share) for total, share in zip(passes_s, idle, strict=True) if share < 1)
-    if hardware.cores is not None and world_size > hardware.cores:  # ranks take turns: others compute while one waits
-        crowd = world_size / hardware.cores
-        whole = max(whole, sum(passes_s) * tp * dp / hardware.cores)
-    else:
-        crowd = 1.0
-    beside = [
-        _zero_seconds(counted, zero, size, dp, micro_batches, stage, pp, links, parallel.reduce_once, passes_s[stage])
-        + crowd * counted.trained / (dp if zero["zero_optimization"]["stage"] else 1) * STATES_MOVED / hardware.memory_bandwidth
+    once, hides = parallel.reduce_once, hardware.hides
+    beside = [  # ZeRO's collectives, and the optimiser
+        _zero_seconds(counted, zero, size, dp, micro_batches, stage, pp, links, once, passes_s[stage] if hides else 0.0)
+        + counted.trained / dp * STATES_MOVED / hardware.memory_bandwidth
         for stage, counted in enumerate(stages)
     ]
     slowest = max(range(pp), key=lambda stage: beside[stage])
-    return Speed(whole + beside[slowest] * crowd**0.5, tuple(idle), exchanged[slowest] + beside[slowest])
+    step_s = whole + beside[slowest]
+    if hardware.cores is not None:  # ranks take turns where there are more: one computes while another waits
+        step_s = max(step_s, (sum(passes_s) + sum(beside)) * tp * dp / hardware.cores)
+    return Speed(step_s, tuple(idle), exchanged[slowest] + beside[slowest])
 
 
 def _zero_seconds(

@@ -33,7 +33,7 @@ class Counted:
     trained, frozen: of parameters. decayed: of the trained ones with weight decay, a parameter group of its own.
     largest: of the largest trained parameter. unit: of the largest part that ZeRO-3 gathers at once.
     kept: bytes that a micro-batch leaves behind its forward until its backward, what stages exchange included.
-    forward, backward: bytes that are alive at most in a micro-batch's own pass, `kept` included; gradients of parameters are let go as they come.
+    forward, backward: bytes alive at most in a micro-batch's own pass, `kept` included; gradients of parameters are let go as they come.
     """
 
     trained: float
@@ -223,9 +223,6 @@ def parameters_of(module: HTCVLM) -> Counted:
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     layers = [m for m in module.modules() if isinstance(m, TransformerLayer)]
     units = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    tied = module.tied is not None and module.last and not module.first
-    if tied:  # its copy of the embedding, and that copy's gradient, are no parameter's
-        units.append(0)
     return Counted(
         trained=sum(p.numel() for _, p in trained),
         frozen=sum(p.numel() for p in module.parameters() if not p.requires_grad),
