@@ -104,8 +104,8 @@ def foretold(config: RunConfig, layout: Layout, machine: Hardware) -> Plan:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--parameters", type=float, default=75e6, help="of the model, about (default: 75e6)")
-    command.add_argument("--seq-length", type=int, default=192, help="tokens of a row (default: %(default)s)")
+    command.add_argument("--parameters", type=float, default=45e6, help="of the model, about (default: 45e6)")
+    command.add_argument("--seq-length", type=int, default=96, help="tokens of a row (default: %(default)s)")
     command.add_argument("--steps", type=int, default=3, help="that are timed; the fastest counts (default: %(default)s)")
     command.add_argument("--layouts", type=int, default=len(LAYOUTS), help="how many of the list are run (default: all %(default)s)")
 
@@ -119,7 +119,11 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         ranks = in_processes(layout.world_size, measure, config, layout, 0, args.steps, rates)
         plan = foretold(config, layout, with_rates(machine, ranks[0]))
         found.append((plan, ranks))
-        say(f"{layout}: {plan.peak / 2**20:.0f} MiB foretold, {max(rank['peak_mib'] for rank in ranks):.0f} measured")
+        times = ", ".join(f"{seconds:.2f}" for seconds in ranks[0]["step_s"])
+        say(
+            f"{layout}: {plan.peak / 2**20:.0f} MiB foretold, {max(rank['peak_mib'] for rank in ranks):.0f} measured; "
+            f"{plan.speed.step_s:.2f} s a step foretold, {times} measured"
+        )
     return summary(found, num_parameters(configured(args, Layout()).model))
 
 

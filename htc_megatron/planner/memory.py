@@ -46,11 +46,10 @@ def memory_of(
     several = micro_batches > 1
     if stage == 3:
         return _zero3(counted, zero, size, dp, activations, bucket, reduce_once and several)
-    if stage == 1 and precision == "bf16":  # BF16_Optimizer: whole fp32 gradients always, and bf16 ones that it does not let go
-        whole = counted.trained * FP32
-        copied = whole if dp > 1 and counted.decayed <= ALLREDUCED_AT_ONCE else 0
-        low = counted.trained * size
-        return Memory(CONSTANT + weights + optimizer + whole + low, activations, copied, 0)
+    if stage == 1 and precision == "bf16":  # BF16_Optimizer: whole fp32 gradients throughout, bf16 ones as they come, all reduced at once
+        whole, low = counted.trained * FP32, counted.trained * size
+        copied = whole if counted.decayed <= ALLREDUCED_AT_ONCE else 0
+        return Memory(CONSTANT + weights + optimizer + whole, activations + low, low + copied, 0)
     states = CONSTANT + weights + optimizer
     if stage == 1:  # whole gradients, reduced once a step into this rank's partition
         whole = counted.trained * size
