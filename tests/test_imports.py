@@ -11,7 +11,7 @@ FLOORS = [
     {"parallel"},
     {"model"},
     {"data", "checkpoint", "weights", "cluster"},
-    {"training", "inference", "evaluation", "benchmarks"},
+    {"training", "inference", "evaluation", "benchmarks", "planner"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

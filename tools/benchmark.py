@@ -22,6 +22,7 @@ COMMANDS = {  # each is htc_megatron/benchmarks/<name>.py
     "save": "a blocking save, and what a save in a thread takes from training",
     "zero": "ZeRO-3 under 1F1B: bytes sent against the least possible, a step's time against ZeRO-1",
     "scale": "memory, seconds and tokens a second of a step as data-parallel ranks are added, ZeRO-3 beside ZeRO-1",
+    "plan": "memory a rank and step time that the planner foretells, beside the measured ones of real processes",
     "latency": "a question to HTC-VLM part by part: preparing, MGVQ, tower, projectors, compression, prefill, steps of decoding",
     "generate": "a question on a compressed image beside uncompressed LLaVA: seconds, their parts, and the floor",
     "data": "preparing images beside the encoder's bound, the loader, and how long training waits for it",

@@ -2,7 +2,7 @@
 
 import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import linear_regression, median
 from typing import Any
@@ -15,6 +15,7 @@ from htc_megatron.benchmarks.zero import quiet, seconds
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.config_io import check, load_zero
 from htc_megatron.parallel import groups as process_groups
+from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.support import Layout
 from htc_megatron.training.build import build_engine
 from htc_megatron.training.step import train_step
@@ -32,8 +33,10 @@ def zero_of(layout: Layout, live: int) -> dict:
     return zero
 
 
-def measure(config: RunConfig, layout: Layout, live: int, steps: int) -> dict[str, Any]:
-    """Called by every rank of a layout, in new processes.
+def measure(
+    config: RunConfig, layout: Layout, live: int, steps: int, beside: Callable[[Groups], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Called by every rank of a layout, in new processes. beside: what is measured in them too, after the steps.
 
     held_mib: allocated between two steps, less what was before the engine was built. peak_mib: the same at most within a step.
     step_s: of each step after the first, which makes the optimiser's state.
@@ -57,9 +60,10 @@ def measure(config: RunConfig, layout: Layout, live: int, steps: int) -> dict[st
         held = allocated()
         times = [seconds(step, groups) for _ in range(steps)]
         engine.destroy()
+        more = beside(groups) if beside else {}
     finally:
         process_groups.destroy()
-    return {"held_mib": held - before, "peak_mib": peak.mib - before, "step_s": times}
+    return {"held_mib": held - before, "peak_mib": peak.mib - before, "step_s": times} | more
 
 
 def layout_of(word: str) -> Layout:

@@ -26,6 +26,7 @@ from htc_megatron.parallel import groups as process_groups
 from htc_megatron.parallel.gather import passes_of_1f1b
 from htc_megatron.parallel.groups import Groups
 from htc_megatron.parallel.zero import ZeroEngine
+from htc_megatron.planner.speed import least_gathered
 from htc_megatron.training.build import build_engine
 from htc_megatron.training.step import train_step
 
@@ -57,17 +58,6 @@ def zero_of(setting: Setting, stage_parameters: int) -> dict:
         whole = {"stage3_max_live_parameters": math.ceil(setting.share * stage_parameters), "stage3_param_persistence_threshold": 0}
         zero["zero_optimization"] |= whole
     return zero
-
-
-def least_gathered(forward: int, backward: int, frozen: int, limit: int, passes: Sequence[str]) -> int:
-    """The fewest elements that have to be gathered in a step, frozen ones being whole from the step before as far as they fit.
-
-    Each pass uses all of its parameters, and at most `limit` of them can be whole when it begins.
-
-    forward, backward: elements that a forward, and a backward, of the stage uses; frozen: those that no optimiser changes.
-    """
-    uses = {"forward": forward, "backward": backward}
-    return max(0, uses[passes[0]] - min(limit, frozen)) + sum(max(0, uses[one] - limit) for one in passes[1:])
 
 
 def least_sent(engine: ZeroEngine, config: RunConfig, micro_batches: int) -> dict[str, float]:

@@ -39,6 +39,17 @@ class Cost(NamedTuple):
         return self.forward + self.backward
 
 
+class Work(NamedTuple):
+    """What a micro-batch holds. pairs: of queries and keys, of text rows and of images' rows; read: whether the last layer needs V_hy."""
+
+    tokens: float
+    visual: float
+    supervised: float
+    pairs: tuple[float, float]
+    read: bool
+    images: float
+
+
 class Costs(NamedTuple):
     """layer: any but the last of the whole backbone. first, last: what those stages run beside their layers."""
 
@@ -48,35 +59,41 @@ class Costs(NamedTuple):
     last: Cost
 
 
-def part_costs(config: RunConfig) -> Costs:
-    """What the parts of a pipeline cost, recomputation included."""
-    model, training = config.model, config.training
-    bb, image, rule = model.backbone, ImageShape.from_config(model), MaskRule.from_config(model.method)
-    factors = backward_factors(model, training.freeze)
-    full = config.parallel.recompute == "full"
+def assumed_sample(config: RunConfig) -> Work:
+    """The sample that balanced stages are computed for."""
+    image, rule = ImageShape.from_config(config.model), MaskRule.from_config(config.model.method)
     tokens = SAMPLE_TEXT + image.length
     pairs = sample_pairs(tokens, [SAMPLE_PREFIX], image, rule)
-    adapters = adapter_operations(model, tokens) / bb.num_layers
+    return Work(tokens, image.num_visual, SAMPLE_SUPERVISED, pairs, rule.mask == "none", 1)
+
+
+def part_costs(config: RunConfig, work: Work | None = None) -> Costs:
+    """What the parts of a pipeline cost for some work (default: the assumed sample), recomputation included."""
+    work = assumed_sample(config) if work is None else work
+    model, training = config.model, config.training
+    bb, rule = model.backbone, MaskRule.from_config(model.method)
+    factors = backward_factors(model, training.freeze)
+    full = config.parallel.recompute == "full"
+    adapters = adapter_operations(model, work.tokens) / bb.num_layers
 
     def cost(operations: float, part: str, again: bool = False) -> Cost:
         backward = factors[part] * operations
         return Cost(operations, backward + operations * (again and backward > 0))
 
-    work = (tokens, image.num_visual, SAMPLE_SUPERVISED, pairs, rule.mask == "none")
-    any_layer, before_last, last = layers_operations(bb, rule, *work)
+    any_layer, before_last, last = layers_operations(bb, rule, *work[:-1])
     # what the layer before the last spares is taken off the last one, on whose stage it mostly is
     spared = any_layer - before_last if bb.num_layers > 1 else 0.0
     layer, last_layer = cost(any_layer, "backbone", full), cost(last - spared, "backbone", full)
     first = Cost(0.0, 0.0)
-    for part, operations in frontend_operations(model, 1).items():
+    for part, operations in frontend_operations(model, work.images).items():
         if part == "vision" and config.data.feature_cache:
             continue  # run once an image, and read from then on
         first = first.plus(cost(operations, part, full and part == "vision"))
     return Costs(
         layer=layer.plus(cost(adapters, "adapters", full)),
-        last_layer=last_layer.plus(cost(adapters * SAMPLE_SUPERVISED / tokens, "adapters", full)),
+        last_layer=last_layer.plus(cost(adapters * work.supervised / work.tokens, "adapters", full)),
         first=first,
-        last=cost(output_operations(bb, SAMPLE_SUPERVISED), "backbone"),
+        last=cost(output_operations(bb, work.supervised), "backbone"),
     )
 
 

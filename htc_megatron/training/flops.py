@@ -40,7 +40,7 @@ def attention_pairs(batch: MicroBatch, rule: MaskRule) -> tuple[int, int]:
     return text, images
 
 
-def _last_layer_reads_images(batch: MicroBatch, rule: MaskRule) -> bool:
+def last_layer_reads_images(batch: MicroBatch, rule: MaskRule) -> bool:
     """Whether text sees V_hy, or a supervised token stands right behind an image and its voco token predicts it."""
     layout = batch.layout
     if rule.mask == "none":
@@ -58,7 +58,7 @@ def backbone_operations(config: RunConfig, batch: MicroBatch) -> float:
     bb, rule, layout = config.model.backbone, MaskRule.from_config(config.model.method), batch.layout
     tokens = int((layout.samples[:, 2] - layout.samples[:, 1]).sum())
     visual = layout.num_images * layout.image.num_visual
-    work = (tokens, visual, batch.num_supervised, attention_pairs(batch, rule), _last_layer_reads_images(batch, rule))
+    work = (tokens, visual, batch.num_supervised, attention_pairs(batch, rule), last_layer_reads_images(batch, rule))
     layer, before_last, last = layers_operations(bb, rule, *work)
     layers = (bb.num_layers - 2) * layer + before_last if bb.num_layers > 1 else 0
     return layers + last + output_operations(bb, batch.num_supervised)
