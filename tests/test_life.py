@@ -110,7 +110,7 @@ def test_a_configuration_from_before_is_one_with_the_defaults():
     [
         (ConfigError("a"), REFUSED),
         (NoProgress("a"), FAILED),
-        (CheckpointError("does not fit"), FAILED),
+        (CheckpointError("does not fit"), REFUSED),
         (Fault("a disk is lost"), FAULT),
         (torch.distributed.DistBackendError("NCCL"), FAULT),
         (OSError(5, "Input/output error"), FAULT),

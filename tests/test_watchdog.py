@@ -115,7 +115,7 @@ def test_progress_tells_where_the_main_thread_is():
 def test_a_stopped_rank_is_named_with_stacks_and_the_job_goes_on(ranks, tmp_path, rank, phase):
     """SIGSTOP: the others name it with its host within the limit, show their stacks and end; begun again, the run ends as one that
     was left in peace. Rank 0, which has the store, is found by the others."""
-    found = ranks(1).run(run_with_a_stopped_rank, str(tmp_path), rank, phase, init=False, timeout=300)
+    (found,) = ranks(1).run(run_with_a_stopped_rank, str(tmp_path), rank, phase, init=False, timeout=300)
     limit, life, equal = found["limit"], found["life"], found["equal"]
     other = 1 - rank
     log = life["logs"][other]

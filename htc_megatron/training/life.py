@@ -41,7 +41,7 @@ SENTENCES = {ConfigError: REFUSED, TrainingError: FAILED, Fault: FAULT, Stopped:
 
 def is_sentence(error: Exception) -> bool:
     """Whether an error is one of ours, made to be read by a user."""
-    return isinstance(error, tuple(SENTENCES)) or type(error).__name__ == "CheckpointError"
+    return isinstance(error, tuple(SENTENCES))
 
 
 def status_of(error: Exception) -> int:
@@ -54,7 +54,7 @@ def status_of(error: Exception) -> int:
         if isinstance(error, kind):
             return status
     again = isinstance(error, RuntimeError | OSError) and not isinstance(error, NotImplementedError | RecursionError)
-    return FAULT if again and type(error).__name__ not in ("OutOfMemoryError", "CheckpointError") else FAILED
+    return FAULT if again and type(error).__name__ != "OutOfMemoryError" else FAILED
 
 
 class ExitStatus:
