@@ -69,7 +69,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(ranks, tmp_path):
     the same nodes, bit for bit, until one of them is drained and its rank dies; the third goes on with the other node alone."""
     run = make_run(tmp_path)
     output_dir = tmp_path / "job"
-    with SlurmCluster(tmp_path / "slurm", nodes=2) as cluster:
+    with SlurmCluster(nodes=2) as cluster:
         cluster.shown.append(output_dir / "logs")
         options = ["--nodes", "1-2", "--cpu-ranks-per-node", "1", "--time", "30", "--signal-before", "75", "--min-free-gib", "0.1"]
         command = [sys.executable, str(LAUNCH), "--config", str(run), *options, *RUN, f"output_dir={output_dir}"]
