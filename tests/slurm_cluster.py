@@ -1,10 +1,10 @@
 """A real SLURM on this machine: slurmctld and as many slurmd as there are to be nodes, on loopback, without munge and without services.
 
-    with SlurmCluster(folder, nodes=2) as cluster:
+    with SlurmCluster(nodes=2) as cluster:
         job = cluster.run("sbatch", "--parsable", "job.sh").strip()
 
 Nodes are called 127.0.0.11, 127.0.0.12, ...: names that resolve wherever a script asks for its first host. Everything the daemons
-write is in `folder`; they end with the block.
+write is in a temporary folder; they end, and it goes, with the block.
 """
 
 import getpass
@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -77,11 +78,12 @@ def _free_ports(count: int) -> int:
 class SlurmCluster:
     """See the module. `nodes`: their names."""
 
-    def __init__(self, folder: Path, nodes: int):
+    def __init__(self, nodes: int):
+        folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a short name: paths of sockets may have 108 bytes
         self.folder, self.nodes = folder, [f"127.0.0.{11 + i}" for i in range(nodes)]
         self.processes: list[subprocess.Popen] = []
         self.shown = [folder]  # whose logs are shown when something does not come
-        (folder / "state").mkdir(parents=True)
+        (folder / "state").mkdir()
         (folder / "spool").mkdir()
         port = _free_ports(nodes + 1)
         names, ports = f"127.0.0.[11-{10 + nodes}]", f"[{port + 1}-{port + nodes}]"
@@ -118,6 +120,7 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}{len(self.processes)}.out", "w") as log:

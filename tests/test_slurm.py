@@ -69,7 +69,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(ranks, tmp_path):
     the same nodes, bit for bit, until one of them is drained and its rank dies; the third goes on with the other node alone."""
     run = make_run(tmp_path)
     output_dir = tmp_path / "job"
-    with SlurmCluster(tmp_path / "slurm", nodes=2) as cluster:
+    with SlurmCluster(nodes=2) as cluster:
         cluster.shown.append(output_dir / "logs")
         options = ["--nodes", "1-2", "--cpu-ranks-per-node", "1", "--time", "30", "--signal-before", "75", "--min-free-gib", "0.1"]
         command = [sys.executable, str(LAUNCH), "--config", str(run), *options, *RUN, f"output_dir={output_dir}"]
@@ -85,6 +85,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(ranks, tmp_path):
             expected = ranks(2).run(train, str(run), [*RUN, f"output_dir={tmp_path}/whole"])[0]
             cluster.wait(lambda: "asked to save and stop" in log.read_text(), "SLURM's signal", 100)
         cluster.wait(lambda: "life 1: stopped on request, with a checkpoint; the job is queued again" in log.read_text(), "a save", 60)
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # or every later life would be signalled as soon as this one
         stopped_at = int(latest(output_dir / "checkpoints").name.removeprefix("step_"))
         assert 3 <= stopped_at < STEPS - 6
         assert (output_dir / "exit_status").read_text() == "75\n"
