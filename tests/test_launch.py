@@ -50,6 +50,13 @@ def environment(**variables: str):
 # ------------------------------------------------------------------------------------------------- discovery
 
 
+def test_a_step_of_one_task_meets_where_the_job_script_says():
+    """What is left of a job whose other nodes are gone: the script sets the meeting point, and srun starts one process."""
+    alone = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    with environment(**alone, MASTER_ADDR="127.0.0.11", MASTER_PORT="10009"):
+        assert discover() == Launch("srun", 0, 1, 0, "127.0.0.11", 10009)
+
+
 def test_torchrun_is_found_and_srun_around_it_is_no_conflict():
     expected = Launch("torchrun", 3, 8, 1, "127.0.0.1", 29500)
     with environment(**TORCHRUN):
@@ -72,7 +79,7 @@ def test_srun_is_found_and_what_the_script_exports_goes_before():
 
 def test_a_process_without_launcher_is_alone():
     batch = {name: value for name, value in SRUN.items() if not name.startswith("SLURM_STEP")}  # a batch script is no step
-    for variables in ({}, batch, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}):
+    for variables in ({}, batch):
         with environment(**variables):
             found = discover()
             assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("alone", 0, 1, 0)

@@ -3,7 +3,7 @@
 | launcher | seen by | ranks from | meeting point |
 | --- | --- | --- | --- |
 | torchrun, or a script | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT | these | these |
-| srun | SLURM_STEP_ID and more than one task in the step | SLURM_PROCID, SLURM_LOCALID | the step's first host, a port by job number |
+| srun | SLURM_STEP_ID and SLURM_PROCID | SLURM_PROCID, SLURM_LOCALID | the step's first host, a port by job number |
 | mpiexec, mpirun | PMI_SIZE (MPICH, Intel MPI), OMPI_COMM_WORLD_SIZE (Open MPI) | mpi4py | told by rank 0 over MPI |
 | none | nothing of these | one process | this machine |
 
@@ -51,7 +51,7 @@ def discover() -> Launch:
     tasks, mpi_size = _srun_tasks(environment), _mpi_size(environment)
     if all(name in environment for name in LAUNCH_VARIABLES):
         launch = _given(environment, tasks, mpi_size)
-    elif tasks > 1 and mpi_size in (1, tasks):  # 1: no MPI, or a job that each task could be for itself
+    elif tasks and mpi_size in (1, tasks):  # 1: no MPI, or a job that each task could be for itself
         launch = _from_srun(environment, tasks)
     elif mpi_size > 1:
         launch = _from_mpi(environment, mpi_size)
@@ -113,9 +113,9 @@ def _whole(environment: Mapping[str, str], name: str, default: int | None = None
 
 
 def _srun_tasks(environment: Mapping[str, str]) -> int:
-    """Number of processes that srun started together with this one; 1 without srun. A batch script alone is no step."""
+    """Number of processes that srun started together with this one; 0 without srun. A batch script alone is no step."""
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
-        return 1
+        return 0
     return _whole(environment, "SLURM_STEP_NUM_TASKS", 1)
 
 

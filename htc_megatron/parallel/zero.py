@@ -5,6 +5,7 @@ DeepSpeed divides gradients by gradient_accumulation_steps on every stage they p
 scaled, and the accumulation boundary is marked by hand.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -210,8 +211,8 @@ class ZeroEngine:
         norms: list[float] = []
 
         def judge(norm: float) -> bool:
-            norms.append(norm)
-            return is_bad(norm)
+            norms.append(math.inf if norm < 0 else norm)  # DeepSpeed says -1 of one that is not finite
+            return is_bad(norms[-1])
 
         whole = nullcontext() if self.gatherer is None else patches.frozen_stay_whole(self.optimizer, self.gatherer.check_cut)
         judged = nullcontext() if is_bad is None else patches.judged_step(self.optimizer, judge)

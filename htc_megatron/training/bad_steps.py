@@ -31,7 +31,7 @@ class BadSteps:
 
     def is_bad(self, loss: float, norm: float) -> bool:
         """Called by every rank with what it has of the step, before the optimiser makes it; the answer is the same on all."""
-        mine = not math.isfinite(loss) or not math.isfinite(norm) or norm < 0
+        mine = not math.isfinite(loss) or not math.isfinite(norm)
         mine = mine or _jumps(loss, self.losses, self.config.max_loss_jump) or _jumps(norm, self.norms, self.config.max_norm_jump)
         anywhere = torch.tensor(mine, dtype=torch.int32, device=self.groups.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)

@@ -38,7 +38,8 @@ class Logger:
         if groups.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(Path(config.output_dir) / "tensorboard", purge_step=first_step)
+            # what an earlier life showed of the steps that are made again is hidden
+            self.writer = SummaryWriter(Path(config.output_dir) / "tensorboard", purge_step=first_step + 1)
             self.bar = tqdm(
                 total=config.training.train_iters, initial=first_step, desc="training", unit="step", dynamic_ncols=True, smoothing=0.1
             )
