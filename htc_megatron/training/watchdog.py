@@ -114,6 +114,7 @@ class Watchdog:
         self._leaving, self._error, self._beat = threading.Event(), "", 0
         self._host = socket.gethostname()
         self.store = self.thread = None
+        self._found, self._good = "", 0.0  # what is wrong, if anything; when the store last answered
 
     def __enter__(self) -> "Watchdog":
         if not self.interval:
@@ -128,14 +129,18 @@ class Watchdog:
         self.ranks = Ranks(self.groups.world_size, self.life, self.interval)
         self._say()
         dist.barrier(self.groups.checkpoint)  # every rank's key is there
+        self._good = time.monotonic()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._talker = threading.Thread(target=self._talk, name="watchdog's signs of life", daemon=True)
         self.thread.start()
+        self._talker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._leaving.set()
         if self.thread is not None:
             self.thread.join(self.interval * SILENT)
+            self._talker.join(self.interval * SILENT)
 
     def mourn(self, error: BaseException) -> None:
         """A fault has ended this rank's work, a peer's death as likely as not: give the ranks the time to find out whose, in which case
@@ -150,8 +155,10 @@ class Watchdog:
         said |= {"computed": now.computed, "stage": self.groups.pp_rank, "error": self._error, "done": self._leaving.is_set()}
         self.store.set(f"rank{self.groups.rank}", json.dumps(said))
 
-    def _watch(self) -> None:
-        rank, size, good = self.groups.rank, self.groups.world_size, time.monotonic()
+    def _talk(self) -> None:
+        """Exchange signs of life at short intervals. Beside the thread that judges them: a store whose host is stopped, and not dead,
+        takes a question and never answers, whatever the store's own limit (torch 2.13.0 waits for the answer to its own giving up)."""
+        rank, size = self.groups.rank, self.groups.world_size
         while not self._leaving.wait(self.interval):
             try:
                 self._say()
@@ -162,19 +169,22 @@ class Watchdog:
                     self._name_slow()
                     if found:
                         self.store.set("verdict", found)
-                good = time.monotonic()
+                self._found, self._good = found, time.monotonic()
             except Exception:  # rank 0, which has the store, is gone, stopped or cut off; or leaves a little before this rank does
-                limit = SILENT * self.interval if self._error else self.life.heartbeat_limit_s or self.life.hang_limit_s
-                silent = time.monotonic() - good
-                if silent < limit or self._leaving.is_set():
-                    continue
-                found = f"no sign of life for {silent:.1f} s from {self.ranks.name(0)}, at last in {self.ranks.said[0].get('at')}"
-            if found:
-                self._end_all(found)
+                continue
         try:
             self._say()  # this rank leaves in order
         except Exception:
             return
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self.interval):
+            limit = SILENT * self.interval if self._error else self.life.heartbeat_limit_s or self.life.hang_limit_s
+            found, silent = self._found, time.monotonic() - self._good
+            if not found and silent > limit:
+                found = f"no sign of life for {silent:.1f} s from {self.ranks.name(0)}, at last in {self.ranks.said[0].get('at')}"
+            if found:
+                self._end_all(found)
 
     def _found_by_first(self) -> str:
         """What rank 0 has found, or that nothing is heard of it though its store answers."""
