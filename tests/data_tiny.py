@@ -138,3 +138,10 @@ def run_config(tokenizer: Tokenizer, **training) -> RunConfig:
         training=TrainingConfig(**training),
         data=DataConfig(seed=3, num_workers=2),
     )  # fmt: skip
+
+
+def in_order(value: object) -> str:
+    """A test's name for a value: sets in order, as every worker must call a test the same."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {in_order(of_key)}" for key, of_key in value.items()) + "}"
+    return "{" + ", ".join(sorted(map(repr, value))) + "}" if isinstance(value, set) else repr(value)

@@ -9,6 +9,7 @@ from htc_megatron.benchmarks import latency
 from htc_megatron.benchmarks.answering import Asked
 from htc_megatron.config import ConfigError
 from htc_megatron.weights.export import export
+from tests import data_tiny
 from tests.hf_tiny import made
 from tests.test_benchmark_generate import TINY
 
@@ -56,7 +57,7 @@ def test_parts_of_random_weights():
         ),
         (dict(mask="none"), {"pixels": {"prepare", "mgvq"} | IMAGE - {"compress"}, "codes": {"prepare"} | IMAGE - {"compress"}}),
     ],
-    ids=str,
+    ids=data_tiny.in_order,
 )
 def test_parts_of_an_export(tmp_path, variant, wanted):
     reader, _ = made(tmp_path, seed=3, **variant)

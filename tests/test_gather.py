@@ -51,7 +51,7 @@ def test_bytes_are_the_least_there_can_be(ranks):
     """Counted, against the formula of the benchmark: exactly with room for everything; with less within 1.1, which is what
     whole layers that do not fill the room and one layer on its way cost at eight layers a stage. One reduction a step."""
     changes = {"model__backbone__num_layers": 16, "parallel__pipeline_model_parallel_size": 2, "parallel__reduce_once": True}
-    changes |= {"training__micro_batch_size": 1, "training__global_batch_size": 8, "training__freeze": ["vision"]}
+    changes |= {"training__micro_batch_size": 1, "training__global_batch_size": 4, "training__freeze": ["vision"]}
     found = ranks(4).run(measure, tiny_config(**changes), SETTINGS, 1, timeout=900)
     scalars = 2**9  # bytes a step: counts of tokens, the loss, the norm, not in the formula
     for setting in SETTINGS[1:]:

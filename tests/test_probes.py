@@ -13,6 +13,7 @@ from htc_megatron.evaluation.labels import LabelledImage, LabelSet, read_labels
 from htc_megatron.evaluation.probes import extract, fit, probe
 from htc_megatron.inference import load
 from htc_megatron.weights.export import export
+from tests import data_tiny
 from tests.hf_tiny import made
 from tests.test_hf_export import tool
 
@@ -78,7 +79,7 @@ def test_representations_are_what_the_model_computes(probed):
         (dict(channels="discrete"), {"v_d", "z_voco"}),
         (dict(mask="none", num_voco_tokens=0, fusion="post"), {"v_d", "patches"}),
     ],
-    ids=str,
+    ids=data_tiny.in_order,
 )
 def test_what_a_model_lacks_is_left_out(probed, tmp_path, variant, names):
     reader, _ = made(tmp_path, seed=3, **variant)
