@@ -20,3 +20,11 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pool = Pool()
     yield lambda world_size: Ranks(pool, world_size)
     pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for pytest-xdist's loadgroup: tests on several processes fill the cores alone, so one worker takes all of them in turn
+    and the other the rest, file by file. The SLURM job waits for SLURM's clocks most of its time and goes with the rest."""
+    for item in items:
+        together = "ranks" in getattr(item, "fixturenames", ()) and item.path.stem != "test_slurm"
+        item.add_marker(pytest.mark.xdist_group("several processes" if together else item.path.stem))

@@ -15,6 +15,6 @@ if [ "${#absent[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/n
 fi
 ruff check .
 ruff format --check .
-# Two workers, each with whole files: most files take one core, and that of SLURM waits for its clocks most of the time.
-[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadfile
+# One worker for the tests on several processes, one for the others: tests/conftest.py says which.
+[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
 exec python -m pytest "$@"

@@ -86,7 +86,8 @@ def test_training_beside_its_peers():
     _, found = run_tool("train", *sizes.split())
     assert found["difference"]["loss"] < 1e-5 and found["difference"]["mcore_loss"] < 1e-5 and found["difference"]["gradients"] < 1e-4
     assert all(seconds > 0 for several in found["seconds"].values() for seconds in several)
-    assert {"peer_over_ours", "peer_memory_over_ours"} <= found["ratios"].keys()
+    assert found["seconds"].keys() == {"ours", "transformers", "transformers_kept", "mcore"}
+    assert {"peer_over_ours", "peer_kept_over_ours", "peer_memory_over_ours"} <= found["ratios"].keys()
 
 
 def test_the_gpu_benchmark_on_cpu():

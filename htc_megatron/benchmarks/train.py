@@ -4,11 +4,17 @@ All three have the same weights, the same projectors and the same (small, frozen
 (a) transformers' LLaMA with the mask as a [batch, 1, S, S] tensor through SDPA and logits at every place, as VoCo-LLaMA trains;
 (b) megatron-core's GPTModel with its own layers, the same mask and logits at every place.
 Ours runs through the engine that training uses (DeepSpeed ZeRO-1 on one process).
+
+Each is measured in a process of its own, as its users run it: what our runtime does to its process on CPU (memory that is freed stays
+with it, parallel/host_memory.py) must not speed up or slow down a peer. transformers is measured a second time with that setting, and
+both ratios are told; megatron-core runs on CPU only inside our runtime, and has it.
 """
 
 import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -16,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from htc_megatron.benchmarks.memory import allocated, peak_allocated
+from htc_megatron.benchmarks.processes import in_processes
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
 from htc_megatron.benchmarks.workload import TEXT_BEFORE, num_parameters, random_batch
 from htc_megatron.config import (
@@ -34,8 +41,14 @@ from htc_megatron.config_io import check, load_zero
 from htc_megatron.model.layout import MicroBatch
 from htc_megatron.model.mask import MaskRule, dense_mask
 from htc_megatron.parallel import groups as process_groups
+from htc_megatron.parallel.host_memory import keep_freed_memory
 
-PEERS = {"transformers": "transformers' LLaMA, 4-D mask, SDPA", "mcore": "mcore GPTModel, dense mask"}
+NAMES = {
+    "ours": "ours, ZeRO-1 engine",
+    "transformers": "transformers' LLaMA, 4-D mask, SDPA",
+    "transformers_kept": "the same, with freed memory kept as ours",
+    "mcore": "mcore GPTModel, dense mask",
+}
 NOTHING_TO_REDUCE = {"reduce_bucket_size": 5_000_000, "contiguous_gradients": False}  # in one process buckets are but copies
 VOCO_ROW = "model.language_model.embed_tokens.weight"
 
@@ -235,49 +248,98 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=5, help="seconds are medians over them (default: %(default)s)")
 
 
-def run(args: argparse.Namespace, say: Say) -> Result:
-    """Raises ConfigError where the sizes do not fit."""
+def differences(args: argparse.Namespace) -> dict[str, float]:
+    """How far loss and gradients of ours are from the peers', with the same weights. Called in a process of its own."""
+    config = step_config(args)
+    groups = process_groups.initialise(config.parallel, config.training.seed)
+    return peers_of(config, random_batch(config, 1, True), groups.device)[1]
+
+
+def _made(name: str, config: RunConfig, batch: MicroBatch) -> Callable[[], object]:
+    """One contender's step, with weights of its own: they do not change how long it takes."""
     from htc_megatron.training.build import build_engine
     from htc_megatron.training.step import train_step
 
-    config = step_config(args)
+    if name.startswith("transformers"):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "transformers_kept" and device.type == "cpu":
+            keep_freed_memory()
+        return peer_step(Transformers(random_export(config, device), config, batch, device), config)
     groups = process_groups.initialise(config.parallel, config.training.seed)
+    if name == "mcore":
+        return peer_step(Mcore(our_gradients(config, batch, groups.device)[0], config, batch, groups.device), config)
+    zero = load_zero("zero1.json")
+    zero["zero_optimization"] |= NOTHING_TO_REDUCE
+    engine = build_engine(config, zero, groups)
+    return lambda: train_step(engine, [batch], config.optimizer.lr)
+
+
+def _contend(connection: Connection, args: argparse.Namespace, name: str) -> None:
+    """A contender's process: says what its step takes in MiB, and then the seconds of a step each time it is asked."""
+    config = step_config(args)
+    step = _made(name, config, random_batch(config, 1, True))
+    before = allocated()
+    step()  # AdamW's moments are made
+    gc.collect()
+    states = allocated() - before
+    with peak_allocated() as peak:
+        between = peak.mib
+        step()
+    connection.send({"step": peak.mib - between, "states": states})
+    seconds = timed(step)
+    while connection.recv():
+        connection.send(seconds())
+
+
+@contextmanager
+def contender(args: argparse.Namespace, name: str) -> Iterator[Connection]:
+    """The process of one of NAMES, by the pipe to it. Raises EOFError where it dies; its traceback is on stderr."""
+    spawn = torch.multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_contend, args=(theirs, args, name), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        batch = random_batch(config, 1, True)
-        peers, difference = peers_of(config, batch, groups.device)
-        zero = load_zero("zero1.json")
-        zero["zero_optimization"] |= NOTHING_TO_REDUCE
-        engine = build_engine(config, zero, groups)
-        steps: dict[str, Callable[[], object]] = {name: peer_step(peer, config) for name, peer in peers.items()}
-        steps["ours"] = lambda: train_step(engine, [batch], config.optimizer.lr)
-        memory = {}
-        for name, step in steps.items():
-            before = allocated()
-            step()  # AdamW's moments are made
-            gc.collect()
-            states = allocated() - before
-            with peak_allocated() as peak:
-                between = peak.mib
-                step()
-            memory[name] = {"step": peak.mib - between, "states": states}
-            say(f"{name}: the step takes {memory[name]['step']:.0f} MiB beside weights and AdamW's states")
-        found = alternated({name: timed(step) for name, step in steps.items()}, args.rounds, say)
-        engine.destroy()
+        yield ours
+        ours.send(False)
+        process.join(60)
     finally:
-        process_groups.destroy()
+        process.kill()
+
+
+def run(args: argparse.Namespace, say: Say) -> Result:
+    """Raises ConfigError where the sizes do not fit."""
+    config = step_config(args)
+    difference = in_processes(1, differences, args)[0]
+    with ExitStack() as stack:
+        pipes, memory = {}, {}
+        for name in NAMES:
+            pipes[name] = stack.enter_context(contender(args, name))
+            memory[name] = pipes[name].recv()
+            say(f"{name}: the step takes {memory[name]['step']:.0f} MiB beside weights and AdamW's states")
+
+        def asked(pipe: Connection) -> Callable[[], float]:
+            def seconds() -> float:
+                pipe.send(True)
+                return pipe.recv()
+
+            return seconds
+
+        found = alternated({name: asked(pipe) for name, pipe in pipes.items()}, args.rounds, say)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [
-        ("backbone", f"{args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, {groups.device.type}"),
+        ("backbone", f"{args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, {device}"),
         ("parameters with projectors", f"{num_parameters(config.model):,}"),
         ("batch", f"{args.batch} rows of {config.model.num_visual_tokens} + 1 + {args.text} tokens"),
         ("ours, recompute", args.recompute),
     ]
-    names = {"ours": "ours, ZeRO-1 engine", **PEERS}
-    for name, label in names.items():
+    for name, label in NAMES.items():
         rows.append((label, f"{median(found[name]):.2f} s, {memory[name]['step']:.0f} MiB"))
     rows.append(("loss, relative difference from transformers", f"{difference['loss']:.1e}"))
     rows.append(("gradients, largest relative difference of a weight", f"{difference['gradients']:.1e}"))
     ratios = {
         "peer_over_ours": median_ratio(found["transformers"], found["ours"]),
+        "peer_kept_over_ours": median_ratio(found["transformers_kept"], found["ours"]),
         "peer_memory_over_ours": memory["transformers"]["step"] / memory["ours"]["step"],
         "mcore_over_ours": median_ratio(found["mcore"], found["ours"]),
         "mcore_memory_over_ours": memory["mcore"]["step"] / memory["ours"]["step"],
