@@ -22,6 +22,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pool.close()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for pytest-xdist's loadgroup: tests on several processes fill the cores alone, so one worker takes all of them in turn
     and the other the rest, file by file. The SLURM job waits for SLURM's clocks most of its time and goes with the rest."""
