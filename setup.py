@@ -52,7 +52,6 @@ setup(
             "peft",
             "py-spy",
             "pytest",
-            "pytest-xdist",
             "ruff",
             "scikit-learn",
             *LMMS_EVAL,

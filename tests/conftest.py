@@ -22,10 +22,8 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pool.close()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist's loadgroup: tests on several processes fill the cores alone, so one worker takes all of them in turn
-    and the other the rest, file by file. The SLURM job waits for SLURM's clocks most of its time and goes with the rest."""
+    """Mark the tests that run on several processes: they fill the cores alone. The SLURM job waits for SLURM's clocks most of its time."""
     for item in items:
-        together = "ranks" in getattr(item, "fixturenames", ()) and item.path.stem != "test_slurm"
-        item.add_marker(pytest.mark.xdist_group("several processes" if together else item.path.stem))
+        if "ranks" in getattr(item, "fixturenames", ()) and item.path.stem != "test_slurm":
+            item.add_marker(pytest.mark.distributed)

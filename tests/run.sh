@@ -15,6 +15,13 @@ if [ "${#absent[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/n
 fi
 ruff check .
 ruff format --check .
-# One worker for the tests on several processes, one for the others: tests/conftest.py says which.
-[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
-exec python -m pytest "$@"
+[ "$#" -eq 0 ] || exec python -m pytest "$@"
+# Two runs side by side: the tests on several processes, which fill the cores alone, and the others (tests/conftest.py says which)
+others=$(mktemp)
+python -m pytest -m "not distributed" >"$others" 2>&1 &
+status=0
+python -m pytest -m distributed || status=$?
+wait "$!" || status=$?
+cat "$others"
+rm "$others"
+exit "$status"
