@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests: bash tests/run.sh [arguments for pytest]. Makes .venv and installs what is missing.
+# Lint and tests: bash tests/run.sh [arguments for pytest]. The slow ones apart: bash tests/run.sh -m slow. Makes .venv and installs what is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
@@ -18,9 +18,9 @@ ruff format --check .
 [ "$#" -eq 0 ] || exec python -m pytest "$@"
 # Two runs side by side: the tests on several processes, which fill the cores alone, and the others (tests/conftest.py says which)
 others=$(mktemp)
-python -m pytest -m "not distributed" >"$others" 2>&1 &
+python -m pytest -m "not distributed and not slow" >"$others" 2>&1 &
 status=0
-python -m pytest -m distributed || status=$?
+python -m pytest -m "distributed and not slow" || status=$?
 wait "$!" || status=$?
 cat "$others"
 rm "$others"

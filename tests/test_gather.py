@@ -26,7 +26,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+QUICK = ("frozen tower, recompute", "tied")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow, id=case) for case in CASES])
 def test_what_stays_whole_changes_no_figure(ranks, case):
     """Everything, half and nothing whole: one process's figures, the same bits in every checkpoint, less sent with more room."""
     layout, changes = CASES[case]
@@ -47,6 +50,7 @@ def test_what_stays_whole_changes_no_figure(ranks, case):
     assert frozen == ("training__freeze" in changes)  # what is frozen stays whole from step to step
 
 
+@pytest.mark.slow
 def test_bytes_are_the_least_there_can_be(ranks):
     """Counted, against the formula of the benchmark: exactly with room for everything; with less within 1.1, which is what
     whole layers that do not fill the room and one layer on its way cost at eight layers a stage. One reduction a step."""

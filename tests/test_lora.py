@@ -53,7 +53,7 @@ def one_process(ranks):
     return {targets: steps_of(ranks, REFERENCE, **TARGETS[targets]) for targets in ("all", "q and v")}
 
 
-CASES = [*((layout, "all") for layout in LAYOUTS), *((layout, "q and v") for layout in LAYOUTS[1::3])]
+CASES = [*((layout, "all") for layout in LAYOUTS), *(pytest.param(layout, "q and v", marks=pytest.mark.slow) for layout in LAYOUTS)]
 
 
 @pytest.mark.parametrize("layout, targets", CASES, ids=str)

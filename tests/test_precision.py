@@ -59,6 +59,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
     return np.convolve(losses, np.ones(WINDOW) / WINDOW, "valid")
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(ranks, quickstart, tmp_path):
     """Averaged over 20 steps the two curves differ by less than single losses scatter about their average."""
     curves = {}

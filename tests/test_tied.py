@@ -25,7 +25,10 @@ def one_process(ranks):
     return steps_of(ranks, REFERENCE, **TIED)
 
 
-@pytest.mark.parametrize("layout", TESTED, ids=str)
+QUICK = TESTED[::3]  # of a run of all tests
+
+
+@pytest.mark.parametrize("layout", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow, id=str(one)) for one in TESTED])
 def test_equals_one_process(ranks, one_process, layout):
     assert_same(steps_of(ranks, layout, **TIED), one_process)
 
