@@ -8,7 +8,7 @@ HERE = Path(__file__).resolve().parent
 PINS = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().split() if "==" in line)
 
 # What lmms-eval imports to run a task, beside ours. All that it asks for has a torchvision that breaks a CPU build of torch.
-LMMS_EVAL = ("datasets", "evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity")
+LMMS_EVAL = ("datasets", "evaluate", "filelock", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity")
 SERVE = ("accelerate", "fastapi", "openai", "uvicorn")  # what `transformers serve` needs beside transformers
 
 

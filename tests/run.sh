@@ -16,12 +16,13 @@ fi
 ruff check .
 ruff format --check .
 [ "$#" -eq 0 ] || exec python -m pytest "$@"
-# Two runs side by side: the tests on several processes, which fill the cores alone, and the others (tests/conftest.py says which)
-others=$(mktemp)
-python -m pytest -m "not distributed and not slow" >"$others" 2>&1 &
+# Two runs side by side: the tests on several processes, which fill the cores alone, and the others (tests/conftest.py says which).
+# The others in the foreground, as some of them interrupt themselves: bash has its background jobs ignore SIGINT.
+several=$(mktemp)
+python -m pytest -m "distributed and not slow" >"$several" 2>&1 &
 status=0
-python -m pytest -m "distributed and not slow" || status=$?
+python -m pytest -m "not distributed and not slow" || status=$?
 wait "$!" || status=$?
-cat "$others"
-rm "$others"
+cat "$several"
+rm "$several"
 exit "$status"
