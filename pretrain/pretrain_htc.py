@@ -70,16 +70,18 @@ def train(config: RunConfig, interrupt: Interrupt, status: ExitStatus, first: bo
     from htc_megatron.cluster.report import tell_environment
     from htc_megatron.parallel import groups as process_groups
     from htc_megatron.parallel.zero import refuse_unsupported
+    from htc_megatron.training.meeting import begin_life
     from htc_megatron.training.trainer import Trainer, check_files, first_step
     from htc_megatron.training.watchdog import Watchdog
 
     refuse_unsupported(config)
     check_files(config)
     if first:
-        Lives(config.output_dir).begin(first_step(config), config.life.max_restarts_without_progress)
+        run_status.StatusFile(config.output_dir).update(state="starting")  # though it should come no further
     groups = process_groups.initialise(config.parallel, config.training.seed)
     with Watchdog(groups, config.life, status) as watchdog:
         try:
+            begin_life(config, groups, first_step(config))
             tell_environment(launch, groups.checkpoint)
             trainer = Trainer(config, zero, groups, interrupt)
             try:

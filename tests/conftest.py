@@ -20,10 +20,3 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pool = Pool()
     yield lambda world_size: Ranks(pool, world_size)
     pool.close()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run on several processes: they fill the cores alone. The SLURM job waits for SLURM's clocks most of its time."""
-    for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()) and item.path.stem != "test_slurm":
-            item.add_marker(pytest.mark.distributed)

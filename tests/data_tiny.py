@@ -141,7 +141,7 @@ def run_config(tokenizer: Tokenizer, **training) -> RunConfig:
 
 
 def in_order(value: object) -> str:
-    """A test's name for a value: sets in order, as every worker must call a test the same."""
+    """A test's name for a value, the same in every run: sets in order."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {in_order(of_key)}" for key, of_key in value.items()) + "}"
     return "{" + ", ".join(sorted(map(repr, value))) + "}" if isinstance(value, set) else repr(value)

@@ -16,13 +16,13 @@ fi
 ruff check .
 ruff format --check .
 [ "$#" -eq 0 ] || exec python -m pytest "$@"
-# Two runs side by side: the tests on several processes, which fill the cores alone, and the others (tests/conftest.py says which).
-# The others in the foreground, as some of them interrupt themselves: bash has its background jobs ignore SIGINT.
-several=$(mktemp)
-python -m pytest -m "distributed and not slow" >"$several" 2>&1 &
+# The SLURM job waits for SLURM's clocks most of its time, so it runs beside the others. Those in turn: on two cores anything beside
+# tests on four processes costs them more than it gains.
+slurm=$(mktemp)
+python -m pytest tests/test_slurm.py >"$slurm" 2>&1 &
+trap 'kill "$!" 2>/dev/null || true; rm -f "$slurm"' EXIT
 status=0
-python -m pytest -m "not distributed and not slow" || status=$?
+python -m pytest -m "not slow" --ignore tests/test_slurm.py || status=$?
 wait "$!" || status=$?
-cat "$several"
-rm "$several"
+cat "$slurm"
 exit "$status"

@@ -157,11 +157,12 @@ def test_lives_without_progress_are_bounded(tmp_path):
 
 
 def test_a_run_that_never_gets_on_is_given_up(ranks, run, tmp_path):
-    """Through the entry point: the bound's own status and sentence, and no process group."""
+    """Through the entry point: the bound's own status and sentence, and no rank is left waiting for the one that keeps count."""
     arguments = ["--config", str(run), f"output_dir={tmp_path}/out", "life.max_restarts_without_progress=0"]
     Lives(tmp_path / "out").begin(0, 0)
-    ((status, errors, has_group),) = ranks(1).run(entry_point, arguments, 1, init=False)
-    assert status == FAILED and "has begun 1 times there without getting on" in errors and not has_group
+    found = ranks(2).run(entry_point, [*arguments, "training.global_batch_size=4"], 2, init=False, timeout=60)
+    assert [(status, has_group) for status, _, has_group in found] == [(FAILED, False)] * 2
+    assert "has begun 1 times there without getting on" in found[0][1]
     assert (tmp_path / "out" / "exit_status").read_text() == f"{FAILED}\n"
     Lives(tmp_path / "out").finish()
     ((status, errors, _),) = ranks(1).run(entry_point, [*arguments, "training.train_iters=1"], 1, init=False)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from htc_megatron.cluster.preflight import FAULT, FINE, REFUSED, TOKEN, Limits, preflight
+from htc_megatron.cluster.preflight import TOKEN, Limits, preflight
 from htc_megatron.cluster.report import describe, environment
+from htc_megatron.cluster.status import FAULT, FINISHED, REFUSED
 from htc_megatron.config_io import load_config
 from htc_megatron.parallel.launch import Launch, discover
 from tests.training_tiny import make_run
@@ -45,11 +46,11 @@ def told(ranks, run: Path, world_size: int, overrides: list[str], *arguments, cw
 
 def test_all_is_well(ranks, run, tmp_path):
     found = told(ranks, run, 3, [f"output_dir={tmp_path}/out"])
-    assert [status for status, _ in found] == [FINE] * 3
+    assert [status for status, _ in found] == [FINISHED] * 3
     assert "3 nodes (node0, node1, node2), 3 ranks" in found[0][1][1] and len(found[0][1]) == 4
     assert list((tmp_path / "out").iterdir()) == []
     ((status, _),) = told(ranks, run, 1, [f"output_dir={tmp_path}/out"])
-    assert status == FINE
+    assert status == FINISHED
 
 
 def test_what_the_user_must_mend(ranks, run, tmp_path):

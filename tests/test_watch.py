@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from htc_megatron.cluster import status
+from htc_megatron.parallel import progress
 from htc_megatron.parallel.bubble import Times
 from htc_megatron.training.logger import Logger
 from tests.train_worker import entry_point, train
@@ -30,14 +31,15 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def slowed(yaml: str, overrides: list[str], slow: int, seconds: float) -> list[tuple[int, float, float]]:
-    """`train` where one rank computes longer in each forward of its stage."""
+def slowed(yaml: str, overrides: list[str], slow: int, seconds: float) -> tuple[list[tuple[int, float, float]], float]:
+    """`train` where one rank computes longer in each forward of its stage; and the seconds that the watchdog compares."""
 
     def before(trainer):
         if int(os.environ["RANK"]) == slow and trainer.step_number == 0:
             trainer.engine.module.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
-    return train(yaml, overrides, before)
+    computed = progress.now.computed
+    return train(yaml, overrides, before), progress.now.computed - computed
 
 
 @pytest.mark.parametrize(
@@ -49,8 +51,9 @@ def test_the_slow_rank_is_named(ranks, run, tmp_path, world, layout, slow):
     """Though the others of its group take as long, as they wait for it. What is computed is not changed by it."""
     common = [*layout, "training.train_iters=3", "training.global_batch_size=4", "training.log_interval=3"]
     quiet = ranks(world).run(train, str(run), [*common, f"output_dir={tmp_path}/quiet"])[0]
-    found = ranks(world).run(slowed, str(run), [*common, f"output_dir={tmp_path}/slow"], slow, 0.3)[0]
-    assert found == quiet
+    found, computed = zip(*ranks(world).run(slowed, str(run), [*common, f"output_dir={tmp_path}/slow"], slow, 0.3), strict=True)
+    assert found[0] == quiet
+    assert max(computed) == computed[slow]  # the same for the watchdog
     figures = scalars(tmp_path / "slow")
     assert figures["ranks/slowest"] == [slow]
     assert figures["ranks/slowest_over_median"][0] > 1.2
@@ -101,7 +104,6 @@ def test_the_status_of_a_life(ranks, run, tmp_path):
     code, said = ranks(1).run(life, arguments, init=False)[0]
     assert code == 0
     states = [one["state"] for one in said]
-    assert states == [s for i, s in enumerate(states) if i == 0 or s in ("training", states[i])]
     order = [state for i, state in enumerate(states) if i == 0 or states[i - 1] != state]
     assert order == ["starting", "training", "evaluating", "training", "saving", "training", "finished"]
     last = said[-1]
@@ -130,7 +132,7 @@ def test_the_tool(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{runs['runs']}: training, step 30/90, loss 2.5000, 4.00 s/step, 4 min to go")
-    assert "SILENT" not in lines[1] and lines[2].endswith("120 min ago: step 30: asked to stop by SIGUSR1") is False
+    assert "SILENT" not in lines[1]
     assert "stopped, step 30/90" in lines[2] and lines[2].endswith(": step 30: asked to stop by SIGUSR1")
     bad = {
         "silent": write(tmp_path / "silent", 720),
@@ -143,6 +145,12 @@ def test_the_tool(tmp_path):
     assert found[bad["silent"]]["silent_s"] == pytest.approx(720, abs=60) and found[bad["killed"]]["state"] == "fault"
     assert found[bad["none"]]["state"] == "unknown"
     assert "SILENT for 12 min" in status.line(bad["silent"], status.read(bad["silent"]))
+
+
+def test_neither_the_tool_nor_the_first_lines_of_a_run_wait_for_torch():
+    """A signal that comes while torch is being imported is heard."""
+    code = "import sys, htc_megatron.cluster.status, htc_megatron.training.life; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "training"}', '{"updated": "today"}'])

@@ -95,9 +95,9 @@ def train_while_saving(yaml: str, overrides: list[str]) -> tuple[list[tuple[int,
         make(self, path)
 
     def note(trainer: Trainer) -> None:
-        if trainer.pending is not None and not trainer.pending.done:
+        if trainer.saves.pending is not None and not trainer.saves.pending.done:
             beside.append(trainer.step_number + 1)
-            if trainer.step_number > trainer.pending.step:
+            if trainer.step_number > trainer.saves.pending.step:
                 stepped.set()
 
     with mock.patch.object(CheckedWriter, "__init__", wait_for_step):
@@ -116,7 +116,7 @@ def train_until(yaml: str, overrides: list[str], step: int, how: str) -> None:
 
     def end(trainer: Trainer) -> None:
         if trainer.step_number + 1 == step:
-            assert not trainer.pending.done, "the checkpoint was complete before the run ended"
+            assert not trainer.saves.pending.done, "the checkpoint was complete before the run ended"
             if how == "error":
                 raise RuntimeError("the end of the run")
             if trainer.groups.rank == trainer.groups.world_size - 1:

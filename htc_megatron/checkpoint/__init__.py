@@ -15,7 +15,7 @@ dcp.py         DcpReader: our checkpoints for programs that use torch.distribute
 rng.py         random states as tensors
 """
 
-from htc_megatron.checkpoint.errors import CheckpointError
+from htc_megatron.checkpoint.errors import CheckpointError, PeerLost
 from htc_megatron.checkpoint.folder import checkpoints, latest
 from htc_megatron.checkpoint.host import HostBuffers
 from htc_megatron.checkpoint.reader import CheckpointReader
@@ -25,6 +25,7 @@ from htc_megatron.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "CheckpointError",
+    "PeerLost",
     "CheckpointReader",
     "CheckpointWriter",
     "HostBuffers",

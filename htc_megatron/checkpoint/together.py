@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from htc_megatron.checkpoint.errors import CheckpointError
+from htc_megatron.checkpoint.errors import CheckpointError, PeerLost
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Together:
             yield
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [""]
-            raise CheckpointError(f"rank {self.rank} of {self.size} lost another rank in the middle of a checkpoint: {first}") from error
+            raise PeerLost(f"rank {self.rank} of {self.size} lost another rank in the middle of a checkpoint: {first}") from error
 
 
 def _sentence(error: Exception) -> str:

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from htc_megatron.checkpoint.folder import latest
-from htc_megatron.cluster.report import describe, environment, node_name
+from htc_megatron.cluster.report import describe, environment
+from htc_megatron.cluster.status import FAULT, FINISHED, REFUSED, node_name
 from htc_megatron.config import RunConfig
 from htc_megatron.parallel.launch import Launch, own_address
 
-FINE, REFUSED, FAULT = 0, 2, 70  # as pretrain_htc.py ends: what the user must mend, and what other nodes may do better
 CALLS = 32  # threads that call other ranks
 CALL_S = 10.0  # seconds one call may take
 FILES = 64  # of a folder, opened to see that they can be read
@@ -54,7 +54,8 @@ class Findings:
 def preflight(config: RunConfig, launch: Launch, limits: Limits, clock: Callable[[], float] = time.time) -> tuple[int, list[str]]:
     """Check this rank and, on rank 0, gather what all have found. Called by every rank; all get the same.
 
-    Returns an exit status (FINE, REFUSED, FAULT) and lines for the user: the environment, then what is wrong.
+    Returns an exit status (FINISHED: all is well; REFUSED: the user must mend something; FAULT: other nodes may do better) and lines
+    for the user: the environment, then what is wrong.
     """
     part = ["the meeting"]
     alarm = threading.Timer(3 * limits.seconds + 30, _give_up, (launch, part))  # NCCL may hang where no timeout of torch reaches
@@ -109,7 +110,7 @@ def _preflight(config: RunConfig, launch: Launch, limits: Limits, clock: Callabl
         )
         if verdict is None:
             return FAULT, [f"rank {launch.rank} on node {found.node} heard nothing more from rank 0"]
-        if verdict[0] == FINE and launch.world_size > 1:
+        if verdict[0] == FINISHED and launch.world_size > 1:
             part[0] = f"an all-reduce over {_backend()}"
             verdict = _all_reduce(base, launch, limit, verdict[1])
     if hosts_store:
@@ -281,7 +282,7 @@ def _gather(store: dist.Store, launch: Launch, limits: Limits, absent: list[int]
             machine.append(f"{key} is not the same everywhere: " + "; ".join(f"{size} on node {node}" for size, node in sizes.items()))
     machine += [sentence for one in found.values() for sentence in one.machine]
     lines = describe(launch, {name: one.environment for name, one in nodes.items()}) + refused + list(dict.fromkeys(machine))
-    verdict = (REFUSED if refused else FAULT if machine else FINE, lines)
+    verdict = (REFUSED if refused else FAULT if machine else FINISHED, lines)
     store.set("verdict", json.dumps(verdict))
     return verdict
 
@@ -309,4 +310,4 @@ def _all_reduce(store: dist.Store, launch: Launch, limit: timedelta, lines: list
         return FAULT, [*told, f"rank {launch.rank} on node {node_name()}: an all-reduce over {_backend()} failed ({reason})"]
     if total != launch.world_size:
         return FAULT, [*lines, f"an all-reduce over {_backend()} counted {total} ranks, wanted {launch.world_size}"]
-    return FINE, lines
+    return FINISHED, lines

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import socket
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from htc_megatron.cluster.status import node_name
 from htc_megatron.parallel.launch import Launch
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "transformer-engine", "flash-attn")
@@ -18,11 +18,6 @@ INFINIBAND, NETWORK = Path("/sys/class/infiniband"), Path("/sys/class/net")
 HOSTS_SHOWN = 8
 
 Environment = dict[str, str]
-
-
-def node_name() -> str:
-    """This node's name: SLURM's, for the virtual nodes of one machine share its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def environment() -> Environment:

@@ -23,12 +23,17 @@ STALE = 300.0  # seconds without a word after which a run is not taken to be run
 STALE_STEPS = 10  # and as many of its steps
 
 
+def node_name() -> str:
+    """This node's name: SLURM's, for the virtual nodes of one machine share its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 class StatusFile:
     """Writes <output_dir>/status.json, whole or not at all. A disk that takes no writes costs the status and nothing else."""
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / FILE
-        self.said: dict[str, object] = {"host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        self.said: dict[str, object] = {"host": node_name(), "job": os.environ.get("SLURM_JOB_ID", "")}
 
     def keep(self, **said: object) -> None:
         """Take in what the next `update` will write."""

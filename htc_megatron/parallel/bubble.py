@@ -87,7 +87,9 @@ class StageClock:
         """It has ended."""
         self.mark(name)
         if name in self.BUSY:
-            self._waited += progress.now.waited - self._waited_before
+            waited = progress.now.waited - self._waited_before
+            self._waited += waited
+            progress.now.computed -= waited
 
     def read(self) -> tuple[float, float, float]:
         """Seconds since the last `read` that this rank was in its passes, that its schedules took, and that it waited in collectives

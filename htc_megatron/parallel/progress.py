@@ -16,7 +16,8 @@ MAIN = threading.main_thread().ident
 class Progress:
     """phase: data, forward, backward, reduce, step, save, evaluate, load, or a message of the pipeline by mcore's name. step: the
     optimiser step under way, from 1. collective: the last one begun. waiting: whether for other ranks. count: marks so far. at: time
-    of the last (monotonic). waited: seconds in collectives. computed: seconds in forward and backward passes."""
+    of the last (monotonic). waited: seconds in collectives. computed: seconds in forward and backward passes, less those in
+    collectives: what tells a slow rank from one that waits for it."""
 
     phase: str = "start"
     step: int = 0

@@ -1,7 +1,6 @@
 """What a run shows: TensorBoard scalars, a progress bar, one line a step and its status file, all from the first rank."""
 
 import resource
-import socket
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from htc_megatron.cluster.status import StatusFile
+from htc_megatron.cluster.status import StatusFile, node_name
 from htc_megatron.config import RunConfig
 from htc_megatron.parallel.bubble import StageClock, Times, measured_times
 from htc_megatron.parallel.groups import Groups
@@ -34,7 +33,7 @@ class Logger:
         self.waited = 0.0
         self.writer = self.bar = self.status = None
         self.hosts: list[str] = [""] * groups.world_size
-        dist.all_gather_object(self.hosts, socket.gethostname(), group=groups.checkpoint)
+        dist.all_gather_object(self.hosts, node_name(), group=groups.checkpoint)
         if groups.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -6,8 +6,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from htc_megatron.config import RunConfig
 from htc_megatron.parallel.groups import Groups
-from htc_megatron.training.life import Interrupt
+from htc_megatron.training.life import Interrupt, Lives, NoProgress
 
 T = TypeVar("T")
 
@@ -36,3 +37,17 @@ class Meeting:
             if self.agree()[0]:
                 return
             yield step
+
+
+def begin_life(config: RunConfig, groups: Groups, step: int) -> None:
+    """Take down that the run begins at `step`. Called by every rank; raises NoProgress, on all alike, where it has too often: a rank that
+    refused alone would leave the others waiting for it."""
+    refusal: list[str | None] = [None]
+    if groups.rank == 0:
+        try:
+            Lives(config.output_dir).begin(step, config.life.max_restarts_without_progress)
+        except NoProgress as error:
+            refusal = [str(error)]
+    dist.broadcast_object_list(refusal, src=0, group=groups.checkpoint)
+    if refusal[0] is not None:
+        raise NoProgress(refusal[0])

@@ -1,16 +1,13 @@
 """A run from start, or from its last checkpoint, to its last step."""
 
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from htc_megatron.checkpoint import CheckpointError, HostBuffers, Loaded, PendingSave, latest, load, save, save_async
+from htc_megatron.checkpoint import Loaded, latest, load
 from htc_megatron.checkpoint.folder import resolve, step_of
-from htc_megatron.checkpoint.rng import rng_state, set_rng_state
+from htc_megatron.checkpoint.rng import set_rng_state
 from htc_megatron.config import ConfigError, RunConfig
 from htc_megatron.data.dataset import PreparedData
 from htc_megatron.data.feature_cache import check_sums
@@ -29,6 +26,7 @@ from htc_megatron.training.life import Interrupt, Stopped, TrainingError
 from htc_megatron.training.logger import Logger
 from htc_megatron.training.meeting import Meeting
 from htc_megatron.training.quarantine import Quarantine
+from htc_megatron.training.saves import Saves, checkpoint_folder
 from htc_megatron.training.schedule import learning_rate
 from htc_megatron.training.step import StepResult, evaluate, train_step
 from htc_megatron.training.tower_features import TowerFeatures
@@ -38,7 +36,6 @@ from htc_megatron.weights.table import ADAPTER, component
 DATA, PACKING = "data_fingerprint", "packer"
 # where the run leaves out bad steps: what it knows of the last ones; and, after it went back, the global batches left out for it
 BAD_STEPS, PASSED_OVER = "bad_steps", "batches_passed_over"
-LONGEST_PAUSE = 30.0  # seconds between two trials of a save
 DATA_WAIT = 1.0  # seconds a rank waits for its data before the ranks ask each other whether to stop
 MAY_BE_NEW = (ADAPTER, "voco")  # parts that a run may add to the weights it starts from
 
@@ -69,9 +66,14 @@ def check_files(config: RunConfig) -> None:
         resolve(config.init_from)
 
 
+def last_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that a run goes on from, if it does."""
+    return latest(checkpoint_folder(config)) if config.resume == "auto" else None
+
+
 def first_step(config: RunConfig) -> int:
     """The step that a run begins or goes on at, by the name of its last checkpoint."""
-    found = latest(Path(config.output_dir) / "checkpoints") if config.resume == "auto" else None
+    found = last_checkpoint(config)
     return 0 if found is None else step_of(found)
 
 
@@ -103,15 +105,6 @@ def check_same_data(loaded: Loaded, data: PreparedData) -> None:
 class Trainer:
     """Everything one rank needs for a run. Made and run by every rank alike.
 
-    Checkpoints are written by a thread while training goes on (training.async_save); training stands still for the copy to
-    host memory only, and for the end of the save before, so at most one is under way. The last checkpoint has nothing to be
-    written beside and is not copied.
-
-    A save that fails on any rank fails on all, but each learns it at its own time, so nothing is raised before they meet for the
-    next save (the first rank says so at once). Within faults.storage_patience_s of the first failure training goes on beside that one
-    too. Afterwards it is waited for: if it succeeds, no step is lost and the run goes on; if it fails too, its CheckpointError ends
-    the run on every rank. A save that training waits for from the start is tried again for as long.
-
     interrupt: what may ask a rank to save and stop. All ranks then do so at the same step, and `run` raises Stopped.
     """
 
@@ -123,17 +116,11 @@ class Trainer:
             codebook = load_codebook(config.mgvq_checkpoint, config.model.mgvq)
         self.engine = build_engine(config, zero, groups, codebook)
         self.state = checkpoint_state(self.engine, config)
-        self.folder = Path(config.output_dir) / "checkpoints"
-        self.saved: Path | None = None  # the last complete checkpoint
-        self.saved_step = -1  # the step of it
         self.new_parts: tuple[str, ...] = ()  # what init_from was without
         self.bad = BadSteps(config.faults, groups)
         self.passed_over, self.rollbacks = 0, 0  # global batches left out by going back; how often
-        self.step_number = self.began_at = self._start()
-        self.pending: PendingSave | None = None
-        self.failing_since: float | None = None  # when the first of the saves failed that have failed in a row
-        self.stall, self.told = 0.0, False  # of the pending save: how long training stood still; whether its failure was told
-        self.buffers = HostBuffers()
+        resumed = self._start()
+        self.step_number = 0 if resumed is None else resumed.step
         needs_pixels = groups.first_stage
         data, place = config.data, (groups.dp_rank, groups.dp_size, needs_pixels)
         # after the start, which decides the tower's weights
@@ -147,16 +134,17 @@ class Trainer:
             self.validation = ValidationLoader(config, data.validation, *place, config.training.eval_iters, cache)
         peak = peak_flops(groups.device, next(self.engine.module.parameters()).dtype)
         self.logger = Logger(config, groups, self.step_number, peak, self.engine.clock)
+        self.saves = Saves(config, self.state, groups, self.logger, resumed)
         for part in self.new_parts:
             self.logger.say(f"init_from: {config.init_from} has no {part}, which begins as drawn from training.seed")
         if groups.pp_size > 1:
             micro_batches = config.training.global_batch_size // config.training.micro_batch_size // groups.dp_size
             self.logger.say(describe_stages(config, micro_batches))
 
-    def _start(self) -> int:
-        """Load what the run starts from. Returns the number of steps already done."""
+    def _start(self) -> Loaded | None:
+        """Load what the run starts from. Returns the checkpoint that it goes on from, if it does."""
         config = self.config
-        found = latest(self.folder) if config.resume == "auto" else None
+        found = last_checkpoint(config)
         progress.mark("load")
         if found is not None:
             loaded = load(found, self.state)
@@ -164,9 +152,8 @@ class Trainer:
                 raise ConfigError(f"{found} holds another model than the configuration describes: resume with its own model section")
             check_same_order(loaded.config, config, found)
             check_same_data(loaded, PreparedData(config.data.train))
-            self.saved, self.saved_step = found, loaded.step
             self._take_up(loaded)
-            return loaded.step
+            return loaded
         if config.init_from:
             # weights must fit, some parts may be new; mask and fusion may differ between stages
             start = load(config.init_from, self.state, optimizer=False, may_lack=_new_part)
@@ -176,7 +163,7 @@ class Trainer:
                 raise ConfigError(
                     f"model.lora.alpha: got {alpha}, wanted {saved.alpha}, which the adapters in {start.folder} were trained with"
                 )
-        return 0
+        return None
 
     def _take_up(self, loaded: Loaded) -> None:
         """What a checkpoint holds beside weights and optimiser."""
@@ -212,25 +199,25 @@ class Trainer:
                 if self.loader.epoch != epoch:
                     epoch = self.loader.epoch
                     self._report_epoch()
-                self._watch_save()
+                self.saves.watch(self.step_number)
                 if self.validation is not None and self.step_number % training.eval_interval == 0:
                     self._evaluate()
                 if self.step_number == training.train_iters or (training.save_interval and self.step_number % training.save_interval == 0):
-                    self.save()
-            if not training.train_iters and self.config.init_from and self.saved is None:
-                self.save()  # what the run starts from, as it is under this run's model section
+                    self._save()
+            if not training.train_iters and self.config.init_from and self.saves.last is None:
+                self._save()  # what the run starts from, as it is under this run's model section
             if self.features is not None:
                 self._report_features(*self.features.totals())
             self.logger.say(f"waited for data {self.logger.waited:.2%} of the time since the first step, on the rank that waited most")
         finally:
-            self._end_save()  # after an error too: what is being written is good
+            self.saves.end(self.step_number)  # after an error too: what is being written is good
             self.loader.close()
             if self.features is not None:
                 self.features.close()
             self.logger.close()
-        if self.saved is None:
+        if self.saves.last is None:
             raise TrainingError(f"training.train_iters is {training.train_iters}: there was nothing to do")
-        return self.saved
+        return self.saves.last
 
     def _went_back(self, result: StepResult) -> bool:
         """Do with a bad step as faults.on_bad_loss says. Returns whether the run has taken up its last checkpoint again."""
@@ -245,9 +232,9 @@ class Trainer:
             self.logger.say(f"{seen}, {wanted}: it is left out, the {self.bad.in_a_row}. of at most {faults.max_skipped} in a row")
             self.logger.write(self.step_number, {"faults/skipped_steps": self.bad.total})
             return False
-        self._end_save()
-        end = f"{seen}, {wanted}; the last checkpoint is {self.saved or 'none'}"
-        if faults.on_bad_loss != "roll_back" or self.saved is None:
+        self.saves.end(self.step_number)
+        end = f"{seen}, {wanted}; the last checkpoint is {self.saves.last or 'none'}"
+        if faults.on_bad_loss != "roll_back" or self.saves.last is None:
             raise TrainingError(end)
         if self.rollbacks == faults.max_rollbacks:
             raise TrainingError(f"{end}; the run went back {self.rollbacks} times before, which faults.max_rollbacks allows")
@@ -258,7 +245,7 @@ class Trainer:
         """Take up the last checkpoint again, and go on with the data behind those that were read since."""
         read = self.step_number + self.passed_over
         self.rollbacks += 1
-        loaded = load(self.saved, self.state)
+        loaded = load(self.saves.last, self.state)
         self._take_up(loaded)
         self.bad.in_a_row = 0
         self.step_number, self.passed_over = loaded.step, read - loaded.step
@@ -284,10 +271,10 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         """Save where there is something to save, and raise Stopped."""
-        self._end_save()
-        if self.step_number > max(self.saved_step, self.began_at):
-            self.save(wait=True)
-        where = f"goes on from {self.saved}" if self.saved else "has no checkpoint to go on from"
+        self.saves.end(self.step_number)
+        if self.step_number > max(self.saves.last_step, 0):
+            self._save(wait=True)
+        where = f"goes on from {self.saves.last}" if self.saves.last else "has no checkpoint to go on from"
         raise Stopped(f"step {self.step_number}: asked to stop by {reason}; the run {where}")
 
     def _report_epoch(self) -> str:
@@ -322,91 +309,11 @@ class Trainer:
         self.logger.write(self.step_number, {"validation/loss": loss})
         self.logger.say(f"step {self.step_number}: validation loss {loss:.4f}")
 
-    def save(self, wait: bool = False) -> None:
-        """Write a checkpoint of this step, or begin to. wait: until it is written. Raises CheckpointError, on every rank alike, where
-        it fails at once."""
-        training, groups = self.config.training, self.groups
-        progress.mark("save")
-        began = time.perf_counter()
-        failed = self._end_save()
-        what = {
-            "step": self.step_number,
-            "config": self.config,
-            "extra": {DATA: self.loader.data.fingerprint, PACKING: PACKER} | self._extra(),
-            "rng": rng_state(),
-        }
-        how = {"keep": training.keep_checkpoints, "group": groups.checkpoint}
-        beside = training.async_save and self.step_number < training.train_iters and not wait
-        if beside and (not failed or self._is_patient()):
-            self.pending = save_async(self.folder, self.state, **what, **how, buffers=self.buffers)
-            self.stall, self.told = time.perf_counter() - began, False
-        else:
-            self.logger.state("saving")
-            self.saved, self.saved_step = self._save_patiently(lambda: save(self.folder, self.state, **what, **how)), self.step_number
-            seconds = time.perf_counter() - began
-            self._report_save(self.step_number, seconds, seconds)
-
-    def _save_patiently(self, save_now: Callable[[], Path]) -> Path:
-        """Save, and again where that fails, for as long as there is patience. Raises the last failure's CheckpointError."""
-        pause = 1.0
-        while True:
-            try:
-                saved = save_now()
-            except CheckpointError as error:
-                self.failing_since = self.failing_since or time.monotonic()
-                if not self._is_patient():
-                    raise
-                self.logger.say(f"step {self.step_number}: the checkpoint was not written, and is tried again: {error}")
-            else:
-                self.failing_since = None
-                return saved
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-            progress.mark("save")
-
-    def _is_patient(self) -> bool:
-        """Whether saves have not failed for longer than faults.storage_patience_s: by the first rank's clock, so for all alike."""
-        patience = self.config.faults.storage_patience_s
-        if not patience:
-            return False
-        left = torch.tensor(patience - (time.monotonic() - (self.failing_since or time.monotonic())))
-        dist.broadcast(left, 0, group=self.groups.checkpoint)
-        return left.item() > 0
-
-    def _extra(self) -> dict:
-        """What a checkpoint of a run with bad steps holds in addition."""
-        judged = {BAD_STEPS: self.bad.state()} if self.bad.judges else {}
-        return judged | ({PASSED_OVER: self.passed_over} if self.passed_over else {})
-
-    def _end_save(self) -> bool:
-        """Wait for the save under way, if there is one. Returns whether it failed, on every rank alike."""
-        if self.pending is None:
-            return False
-        pending, self.pending = self.pending, None
-        try:
-            self.saved, self.saved_step = pending.wait(), pending.step
-        except CheckpointError:
-            self._tell_failure(pending)
-            self.failing_since = self.failing_since or time.monotonic()
-            return True
-        self.failing_since = None
-        self._report_save(pending.step, self.stall, pending.seconds)
-        return False
-
-    def _watch_save(self) -> None:
-        """Take note of a save that has ended. No rank waits here or does anything the others would have to do too."""
-        if self.pending is not None and self.pending.done:
-            if self.pending.error is None:
-                self._end_save()
-            else:
-                self._tell_failure(self.pending)
-
-    def _tell_failure(self, pending: PendingSave) -> None:
-        if not self.told:
-            self.told = True
-            self.logger.say(f"step {self.step_number}: the checkpoint of step {pending.step} was not written: {pending.error}")
-
-    def _report_save(self, step: int, stall: float, seconds: float) -> None:
-        self.logger.write(step, {"checkpoint/stall_s": stall, "checkpoint/write_s": seconds})
-        self.logger.state("training", checkpoint=str(self.saved))
-        self.logger.say(f"step {step}: saved {self.saved} (stalled {stall:.2f} s, written in {seconds:.2f} s)")
+    def _save(self, wait: bool = False) -> None:
+        """Write a checkpoint of this step, or begin to; see Saves.save."""
+        extra = {DATA: self.loader.data.fingerprint, PACKING: PACKER}
+        if self.bad.judges:
+            extra[BAD_STEPS] = self.bad.state()
+        if self.passed_over:
+            extra[PASSED_OVER] = self.passed_over
+        self.saves.save(self.step_number, extra, wait)

@@ -15,7 +15,6 @@ ends. A process that is stopped cannot; the launcher ends it (torchrun, srun --k
 import faulthandler
 import json
 import os
-import socket
 import statistics
 import sys
 import threading
@@ -25,7 +24,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from htc_megatron.cluster.status import FAULT
+from htc_megatron.checkpoint import PeerLost
+from htc_megatron.cluster.status import FAULT, node_name
 from htc_megatron.config import LifeConfig
 from htc_megatron.parallel import progress
 from htc_megatron.parallel.groups import Groups
@@ -112,7 +112,7 @@ class Watchdog:
         limits = [limit for limit in (life.heartbeat_limit_s, life.hang_limit_s) if limit]
         self.interval = min(5.0, min(limits, default=0.0) / 10)
         self._leaving, self._error, self._beat = threading.Event(), "", 0
-        self._host = socket.gethostname()
+        self._host = node_name()
         self.store = self.thread = None
         self._found, self._good = "", 0.0  # what is wrong, if anything; when the store last answered
 
@@ -145,7 +145,7 @@ class Watchdog:
     def mourn(self, error: BaseException) -> None:
         """A fault has ended this rank's work, a peer's death as likely as not: give the ranks the time to find out whose, in which case
         this does not return."""
-        if self.thread is not None and (not is_sentence(error) or "lost another rank" in str(error)):
+        if self.thread is not None and (not is_sentence(error) or isinstance(error.__cause__, PeerLost)):
             self._error = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.thread.join(self.interval * (3 * SILENT))
 
@@ -170,12 +170,12 @@ class Watchdog:
                     if found:
                         self.store.set("verdict", found)
                 self._found, self._good = found, time.monotonic()
-            except Exception:  # rank 0, which has the store, is gone, stopped or cut off; or leaves a little before this rank does
-                continue
+            except (RuntimeError, OSError):
+                continue  # rank 0, which has the store, is gone, stopped or cut off; or leaves a little before this rank does
         try:
             self._say()  # this rank leaves in order
-        except Exception:
-            return
+        except (RuntimeError, OSError):
+            return  # rank 0 has left before
 
     def _watch(self) -> None:
         while not self._leaving.wait(self.interval):
