@@ -12,6 +12,7 @@ both ratios are told; megatron-core runs on CPU only inside our runtime, and has
 
 import argparse
 import gc
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from htc_megatron.benchmarks.memory import allocated, peak_allocated
-from htc_megatron.benchmarks.processes import in_processes
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
 from htc_megatron.benchmarks.workload import TEXT_BEFORE, num_parameters, random_batch
 from htc_megatron.config import (
@@ -50,6 +50,7 @@ NAMES = {
     "mcore": "mcore GPTModel, dense mask",
 }
 NOTHING_TO_REDUCE = {"reduce_bucket_size": 5_000_000, "contiguous_gradients": False}  # in one process buckets are but copies
+IMPORTED = ["deepspeed", "megatron.core.models.gpt", "transformers.models.llama.modeling_llama", "htc_megatron.training.build"]
 VOCO_ROW = "model.language_model.embed_tokens.weight"
 
 
@@ -248,11 +249,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=5, help="seconds are medians over them (default: %(default)s)")
 
 
-def differences(args: argparse.Namespace) -> dict[str, float]:
-    """How far loss and gradients of ours are from the peers', with the same weights. Called in a process of its own."""
+def _compare(connection: Connection, args: argparse.Namespace) -> None:
+    """A process that says how far loss and gradients of ours are from the peers', with the same weights."""
     config = step_config(args)
     groups = process_groups.initialise(config.parallel, config.training.seed)
-    return peers_of(config, random_batch(config, 1, True), groups.device)[1]
+    connection.send(peers_of(config, random_batch(config, 1, True), groups.device)[1])
 
 
 def _made(name: str, config: RunConfig, batch: MicroBatch) -> Callable[[], object]:
@@ -287,34 +288,37 @@ def _contend(connection: Connection, args: argparse.Namespace, name: str) -> Non
         step()
     connection.send({"step": peak.mib - between, "states": states})
     seconds = timed(step)
-    while connection.recv():
+    while True:
+        connection.recv()  # asked for another
         connection.send(seconds())
 
 
 @contextmanager
-def contender(args: argparse.Namespace, name: str) -> Iterator[Connection]:
-    """The process of one of NAMES, by the pipe to it. Raises EOFError where it dies; its traceback is on stderr."""
-    spawn = torch.multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_contend, args=(theirs, args, name), daemon=True)
+def apart(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A process that runs `target(pipe, *arguments)`, by the other end of the pipe; killed with the block. It is forked from a server that
+    has imported what is large. The pipe raises EOFError where it dies; its traceback is on stderr."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
     theirs.close()
     try:
         yield ours
-        ours.send(False)
-        process.join(60)
     finally:
         process.kill()
+        process.join()
 
 
 def run(args: argparse.Namespace, say: Say) -> Result:
     """Raises ConfigError where the sizes do not fit."""
     config = step_config(args)
-    difference = in_processes(1, differences, args)[0]
+    with apart(_compare, args) as pipe:
+        difference = pipe.recv()
     with ExitStack() as stack:
         pipes, memory = {}, {}
         for name in NAMES:
-            pipes[name] = stack.enter_context(contender(args, name))
+            pipes[name] = stack.enter_context(apart(_contend, args, name))
             memory[name] = pipes[name].recv()
             say(f"{name}: the step takes {memory[name]['step']:.0f} MiB beside weights and AdamW's states")
 
