@@ -7,14 +7,14 @@ Ours runs through the engine that training uses (DeepSpeed ZeRO-1 on one process
 
 Each is measured in a process of its own, as its users run it: what our runtime does to its process on CPU (memory that is freed stays
 with it, parallel/host_memory.py) must not speed up or slow down a peer. transformers is measured a second time with that setting, and
-both ratios are told; megatron-core runs on CPU only inside our runtime, and has it.
+both ratios are told; megatron-core runs on CPU only inside our runtime, and has it. Each peer takes turns with ours.
 """
 
 import argparse
 import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -43,8 +43,7 @@ from htc_megatron.model.mask import MaskRule, dense_mask
 from htc_megatron.parallel import groups as process_groups
 from htc_megatron.parallel.host_memory import keep_freed_memory
 
-NAMES = {
-    "ours": "ours, ZeRO-1 engine",
+PEERS = {
     "transformers": "transformers' LLaMA, 4-D mask, SDPA",
     "transformers_kept": "the same, with freed memory kept as ours",
     "mcore": "mcore GPTModel, dense mask",
@@ -315,21 +314,28 @@ def run(args: argparse.Namespace, say: Say) -> Result:
     config = step_config(args)
     with apart(_compare, args) as pipe:
         difference = pipe.recv()
-    with ExitStack() as stack:
-        pipes, memory = {}, {}
-        for name in NAMES:
-            pipes[name] = stack.enter_context(apart(_contend, args, name))
-            memory[name] = pipes[name].recv()
-            say(f"{name}: the step takes {memory[name]['step']:.0f} MiB beside weights and AdamW's states")
+    memory: dict[str, dict[str, float]] = {}
+    found: dict[str, list[float]] = {"ours": []}
+    beside: dict[str, list[float]] = {}  # ours in the rounds of each peer
 
-        def asked(pipe: Connection) -> Callable[[], float]:
-            def seconds() -> float:
-                pipe.send(True)
-                return pipe.recv()
+    def told(name: str, pipe: Connection) -> Callable[[], float]:
+        """A contender that is ready, as what makes a step of it and returns its seconds."""
+        memory[name] = pipe.recv()
+        say(f"{name}: the step takes {memory[name]['step']:.0f} MiB beside weights and AdamW's states")
 
-            return seconds
+        def seconds() -> float:
+            pipe.send(True)
+            return pipe.recv()
 
-        found = alternated({name: asked(pipe) for name, pipe in pipes.items()}, args.rounds, say)
+        return seconds
+
+    with apart(_contend, args, "ours") as pipe:  # and of the peers one at a time: all together they would fill 24 GiB
+        ours = told("ours", pipe)
+        for name in PEERS:
+            with apart(_contend, args, name) as other:
+                pair = alternated({"ours": ours, name: told(name, other)}, args.rounds, say)
+            found[name], beside[name] = pair[name], pair["ours"]
+            found["ours"] += pair["ours"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [
         ("backbone", f"{args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, {device}"),
@@ -337,15 +343,15 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         ("batch", f"{args.batch} rows of {config.model.num_visual_tokens} + 1 + {args.text} tokens"),
         ("ours, recompute", args.recompute),
     ]
-    for name, label in NAMES.items():
+    for name, label in ({"ours": "ours, ZeRO-1 engine"} | PEERS).items():
         rows.append((label, f"{median(found[name]):.2f} s, {memory[name]['step']:.0f} MiB"))
     rows.append(("loss, relative difference from transformers", f"{difference['loss']:.1e}"))
     rows.append(("gradients, largest relative difference of a weight", f"{difference['gradients']:.1e}"))
     ratios = {
-        "peer_over_ours": median_ratio(found["transformers"], found["ours"]),
-        "peer_kept_over_ours": median_ratio(found["transformers_kept"], found["ours"]),
+        "peer_over_ours": median_ratio(found["transformers"], beside["transformers"]),
+        "peer_kept_over_ours": median_ratio(found["transformers_kept"], beside["transformers_kept"]),
         "peer_memory_over_ours": memory["transformers"]["step"] / memory["ours"]["step"],
-        "mcore_over_ours": median_ratio(found["mcore"], found["ours"]),
+        "mcore_over_ours": median_ratio(found["mcore"], beside["mcore"]),
         "mcore_memory_over_ours": memory["mcore"]["step"] / memory["ours"]["step"],
     }
     return Result(rows, ratios, {"seconds": found, "memory_mib": memory, "difference": difference})
