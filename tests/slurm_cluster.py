@@ -28,8 +28,10 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-# requeued jobs may start after this many seconds (5 is the least) instead of 120
-AuthInfo=cred_expire=5
+# requeued jobs may start after this many seconds instead of 120. Not the least, 5: on a busy machine a launch takes longer, and SLURM
+# would queue the job again
+AuthInfo=cred_expire=20
+MessageTimeout=60
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -45,8 +47,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=20
+SlurmctldTimeout=300
+SlurmdTimeout=300
 KillWait=30
 JobRequeue=1
 NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=8 RealMemory=100000 State=UNKNOWN
@@ -143,11 +145,14 @@ class SlurmCluster:
         return dict(word.split("=", 1) for word in self.run("scontrol", "-o", "show", "job", number).split() if "=" in word)
 
     def wait(self, done, what: str, seconds: float) -> None:
-        """Ask again and again until `done()` holds. Raises TimeoutError with what the daemons wrote last."""
+        """Ask again and again until `done()` holds. Raises TimeoutError with the logs."""
         until = time.monotonic() + seconds
         while not done():
             if time.monotonic() > until:
-                files = [path for folder in self.shown for path in sorted(folder.glob("*.log"))]
-                logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_TAIL:]}" for path in files)
-                raise TimeoutError(f"waited {seconds:g} s for {what}\n{logs}")
+                raise TimeoutError(f"waited {seconds:g} s for {what}\n{self.logs()}")
             time.sleep(0.1)
+
+    def logs(self) -> str:
+        """The ends of the logs of the daemons and of the folders in `shown`."""
+        files = [path for folder in self.shown for path in sorted(folder.glob("*.log"))]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_TAIL:]}" for path in files)

@@ -100,7 +100,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(ranks, tmp_path):
         assert stopped_at < lost_at < STEPS
         cluster.wait(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", 200)
         shown = cluster.job(job)
-    assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "2", cluster.nodes[0])
+        assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "2", cluster.nodes[0]), cluster.logs()
     assert "life 3: 1 nodes" in log.read_text() and log.read_text().count("the run is finished") == 1
     assert (output_dir / "exit_status").read_text() == "0\n"
 
