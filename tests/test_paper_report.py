@@ -82,15 +82,25 @@ def test_every_model_of_a_claim_has_a_place_in_a_table():
     assert {name for claim in report.CLAIMS for name in (claim.better, claim.worse)} <= placed
 
 
+def run_in(folder: Path, models: dict[str, dict[int, dict[str, float]]]) -> None:
+    """What examples/paper/run.py leaves of these models."""
+    for model, seeds in models.items():
+        for seed, values in seeds.items():
+            results = folder / "models" / model / str(seed) / "results.json"
+            results.parent.mkdir(parents=True)
+            results.write_text(json.dumps({"accuracy": {k: v / 100 for k, v in values.items()} | {"shape": 0.5}}))
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        questions = [Question(0, "what shape?", "circle", "shape"), Question(0, "where?", "top left", "position")]
+        write_questions(questions, folder / f"data/{split}.jsonl")
+
+
 def test_report_of_a_run(tmp_path):
     """From results on disk to Markdown and plots; a model with fewer seeds is in it, one that is not finished is not."""
-    for model, seeds in (TABLE | {"fusion_post": figures(50)}).items():
-        for seed, values in seeds.items():
-            folder = tmp_path / "models" / model / str(seed)
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({"accuracy": {k: v / 100 for k, v in values.items()}}))
+    run_in(tmp_path, TABLE | {"fusion_post": figures(50)})
     (tmp_path / "models" / "qformer" / "0").mkdir(parents=True)
-    table = report.read(tmp_path)
+    table, blind = report.read(tmp_path)
+    assert blind == {"semantic": 100, "detail": 100, "all": 100}  # the test's questions are those of training
     assert table.keys() == TABLE.keys() | {"fusion_post"} and table["htc"][1]["all"] == pytest.approx(71)
     text = report.report(table, {"semantic": 40, "detail": 30, "all": 50})
     assert "| HTC-VLM | 71.0 ± 2.5 | 69.0 ± 2.5 | 70.0 ± 2.5 | 75.0 ± 6.2 | 87.2 |" in text
@@ -103,16 +113,29 @@ def test_report_of_a_run(tmp_path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
     assert report.main() == 2 and "has no results" in capsys.readouterr().err
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        write_questions(
-            [Question(0, "what shape?", "circle", "shape"), Question(0, "where?", "top left", "position")], tmp_path / f"data/{split}.jsonl"
-        )
-    for model in ("upper", "lower", "htc", "mask_full"):
-        for seed, values in TABLE[model].items():
-            folder = tmp_path / "models" / model / str(seed)
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({"accuracy": {k: v / 100 for k, v in values.items()}}))
+    run_in(tmp_path, {model: TABLE[model] for model in ("upper", "lower", "htc", "mask_full")})
     assert report.main() == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"main.png", "mask.png"}
     assert (tmp_path / "report.md").read_text(encoding="utf-8").rstrip() == capsys.readouterr().out.rstrip()
+
+
+def test_figures_are_kept_and_make_the_same_report(tmp_path, monkeypatch, capsys):
+    run, kept = tmp_path / "run", tmp_path / "kept" / report.FIGURES
+    run_in(run, {"htc": TABLE["htc"], "mask_full": TABLE["mask_full"]})
+    monkeypatch.setattr("sys.argv", ["report.py", str(run)])
+    assert report.main() == 0
+    whole = capsys.readouterr().out
+    assert "| full |" in whole and "main.png" not in whole  # a main table of one model says nothing
+    kept.parent.mkdir()
+    kept.write_text((run / report.FIGURES).read_text())
+    monkeypatch.setattr("sys.argv", ["report.py", str(kept)])
+    assert report.main() == 0 and capsys.readouterr().out == whole
+    assert {path.name for path in kept.parent.iterdir()} == {report.FIGURES, "mask.png", "report.md"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"models": {"htc": {"0": {"all": 1}}}, "blind": {}}', '{"models": {"htc": {"x": {}}}}'])
+def test_other_files_are_refused(tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["report.py", str(path)])
+    assert report.main() == 2 and "is not a file of figures" in capsys.readouterr().err

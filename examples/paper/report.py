@@ -1,4 +1,5 @@
-"""Tables, plots and verdicts of a comparison: `python examples/paper/report.py runs/paper` writes report.md and its pictures there.
+"""Tables, plots and verdicts of a comparison: `python examples/paper/report.py runs/paper` writes report.md and its pictures there,
+and figures.json with the figures of every model and seed. It takes such a file as well, and then writes beside it.
 
 Every figure is a mean over seeds with its 95% confidence interval (Student's t). A claim that one model is better than another is
 judged by their differences seed by seed: it holds where the whole interval of these is above zero, does not hold where it is below,
@@ -21,6 +22,7 @@ from htc_megatron.evaluation.retention import LOWER, PAPER, PAPER_BOUNDS, UPPER,
 from htc_megatron.evaluation.seeds import Estimate, difference, verdict  # noqa: E402
 
 SCORES = ("semantic", "detail", "all")
+FIGURES = "figures.json"
 Table = dict[str, dict[int, dict[str, float]]]  # figures in percent, by model, seed and score
 
 MAIN = {  # by the name of the model's file
@@ -69,15 +71,37 @@ CLAIMS = (
 )
 
 
-def read(run: Path) -> Table:
-    """Figures of all finished models. Raises ConfigError where there is none."""
+def read(run: Path) -> tuple[Table, dict[str, float]]:
+    """Figures of all finished models of a folder, and those of who does not look. Raises ConfigError where there is none."""
     table: Table = {}
     for path in sorted(run.glob("models/*/*/results.json")):
         accuracy = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
-        table.setdefault(path.parent.parent.name, {})[int(path.parent.name)] = {name: 100 * accuracy[name] for name in accuracy}
+        table.setdefault(path.parent.parent.name, {})[int(path.parent.name)] = {name: 100 * accuracy[name] for name in SCORES}
     if not table:
         raise ConfigError(f"{run} has no results; examples/paper/run.py makes them")
-    return table
+    train, test = (scenes.read_questions(run / "data" / f"{split}.jsonl") for split in ("train", "test"))
+    blind = scenes.score(test, scenes.blind(train, test))
+    return table, {name: 100 * blind[name] for name in SCORES}
+
+
+def read_figures(path: Path) -> tuple[Table, dict[str, float]]:
+    """The same from a file that `write_figures` wrote. Raises ConfigError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        table = {
+            model: {int(seed): {score: float(figures[score]) for score in SCORES} for seed, figures in seeds.items()}
+            for model, seeds in found["models"].items()
+        }
+        return table, {score: float(found["blind"][score]) for score in SCORES}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a file of figures that this program writes: {type(error).__name__} {error}") from None
+
+
+def write_figures(path: Path, table: Table, blind: dict[str, float]) -> None:
+    """Percent to four places, by model, seed and score."""
+    models = {model: {seed: {k: round(v, 4) for k, v in one.items()} for seed, one in seeds.items()} for model, seeds in table.items()}
+    text = json.dumps({"blind": {name: round(share, 4) for name, share in blind.items()}, "models": models}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def of(table: Table, model: str, score: str) -> dict[int, float]:
@@ -165,7 +189,9 @@ def report(table: Table, blind: dict[str, float]) -> str:
     """The whole report in Markdown, with the plots' names in it."""
     seeds = {len(figures) for figures in table.values()}
     many = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seed{'s' * (max(seeds) > 1)}"
-    parts = [f"Means over {many} with 95% confidence intervals, in percent.", "", main_table(table, blind), "", "![](main.png)"]
+    parts = [f"Means over {many} with 95% confidence intervals, in percent."]
+    if len(MAIN.keys() & table.keys()) > 1:
+        parts += ["", main_table(table, blind), "", "![](main.png)"]
     for title, models in ABLATIONS.items():
         if len(models.keys() & table.keys()) > 1:
             parts += ["", ablation_table(table, models, title), "", f"![]({file_name(title)})"]
@@ -178,24 +204,24 @@ def file_name(title: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder that examples/paper/run.py worked in")
+    parser.add_argument("run", type=Path, help=f"folder that examples/paper/run.py worked in, or a {FIGURES}")
     options = parser.parse_args()
+    folder = options.run.parent if options.run.is_file() else options.run
     try:
-        table = read(options.run)
-        train, test = (scenes.read_questions(options.run / "data" / f"{split}.jsonl") for split in ("train", "test"))
-        blind = scenes.score(test, scenes.blind(train, test))
-        text = report(table, {name: 100 * share for name, share in blind.items()})
-        plot(table, MAIN, "model", options.run / "main.png")
-        for title, models in ABLATIONS.items():
+        table, blind = read_figures(options.run) if options.run.is_file() else read(options.run)
+        text = report(table, blind)
+        for title, models in {"model": MAIN, **ABLATIONS}.items():
             if len(models.keys() & table.keys()) > 1:
-                plot(table, models, title, options.run / file_name(title))
+                plot(table, models, title, folder / ("main.png" if models is MAIN else file_name(title)))
     except ConfigError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     except ImportError:
         print("report: matplotlib is not installed: pip install -c constraints.txt -e '.[examples]'", file=sys.stderr)
         return 2
-    (options.run / "report.md").write_text(text, encoding="utf-8")
+    if not options.run.is_file():
+        write_figures(folder / FIGURES, table, blind)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
