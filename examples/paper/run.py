@@ -49,7 +49,8 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Trainings have workers of their own, which are megatron-core's for good."""
+        """Each training has a process of its own: megatron-core's for good, and with it go the threads that gloo's groups leave behind,
+        each of which wakes a hundred times a second."""
         return self.work in (steps.make_stage1, steps.make_model)
 
 
@@ -142,14 +143,16 @@ def carry_out(plan: dict[str, Step], jobs: int, logs: Path) -> list[str]:
     order.prepare()
     began, failed, ready, running = time.monotonic(), [], [], {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn) as trainers, ProcessPoolExecutor(jobs, spawn) as others:
+    with ProcessPoolExecutor(jobs, spawn) as others:
         while True:
             ready += order.get_ready()
             ready.sort(key=lambda name: todo[name].trains)  # the short ones first
             while ready and len(running) < jobs:
                 name = ready.pop(0)
-                pool, log = trainers if todo[name].trains else others, logs / f"{name.replace('/', '-')}.txt"
+                pool, log = ProcessPoolExecutor(1, spawn) if todo[name].trains else others, logs / f"{name.replace('/', '-')}.txt"
                 running[pool.submit(steps.in_log, log, todo[name].work, *todo[name].arguments)] = name
+                if todo[name].trains:
+                    pool.shutdown(wait=False)  # it ends with its work
             if not running:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
