@@ -111,8 +111,11 @@ def speed_of(
     again = parallel.recompute == "full"
     costs, exchanged, passes_s = [], [], []
     for stage, (ops, count) in enumerate(zip(operations, layers, strict=True)):
-        # Two reductions a layer each way; with sequence parallelism a gather and a scatter, which take as long together.
-        reduced = 2 * count * _ring(size * work.tokens * backbone.hidden_size, tp, links.tensor, 2)
+        # Two reductions a layer each way. With sequence parallelism each is a gather and a scatter, and a backward gathers once more
+        # what its products read (megatron-core keeps the parts alone).
+        once_round = 2 * count * _ring(size * work.tokens * backbone.hidden_size, tp, links.tensor)
+        rounds = (1 + hardware.scatter_rounds, 2 + hardware.scatter_rounds) if parallel.sequence_parallel else (2, 2)
+        reduced, reduced_back = (number * once_round for number in rounds)
         sent = message / shares / links.stages[0] + links.stages[1]
         ways = [(stage > 0) * sent, (stage < pp - 1) * sent] if pp > 1 else [0.0, 0.0]
         rows = work.tokens * count
@@ -120,9 +123,9 @@ def speed_of(
         touched = rows * wide * size / hardware.memory_bandwidth
         redone = touched / 2 if parallel.recompute == "selective" else touched if again else 0.0
         forward = ops.forward / rate + reduced + ways[0] + touched
-        backward = ops.backward / rate + reduced * (2 if again else 1) + ways[1] + 2 * touched + redone
+        backward = ops.backward / rate + reduced_back + (reduced if again else 0.0) + ways[1] + 2 * touched + redone
         costs.append(Cost(forward, backward))
-        exchanged.append(micro_batches * (reduced * (3 if again else 2) + sum(ways)))
+        exchanged.append(micro_batches * (reduced * (2 if again else 1) + reduced_back + sum(ways)))
         passes_s.append(micro_batches * (forward + backward))
     idle = idle_shares(costs, micro_batches)
     whole = max(total / (1 - share) for total, share in zip(passes_s, idle, strict=True) if share < 1)
