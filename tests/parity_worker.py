@@ -1,4 +1,4 @@
-"""What one rank of a parity test does: a tiny model, fixed data, three optimiser steps."""
+"""What one rank of a parity test does: a tiny model, fixed data, four optimiser steps."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from htc_megatron.config import RunConfig
 from htc_megatron.model.layout import ImageShape, MicroBatch, SequenceLayout
 
-SEQ, ROWS, STEPS, MICROS = 64, 2, 3, 4
+SEQ, ROWS, STEPS, MICROS = 64, 2, 4, 4
 MODEL = {
     "backbone": dict(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=61,
                      qkv_bias=True, max_position_embeddings=SEQ),

@@ -28,8 +28,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-# requeued jobs may start after this many seconds instead of 120. Not the least, 5: on a busy machine a launch takes longer, and SLURM
-# would queue the job again
+# requeued jobs may start after this many seconds instead of 120. Not the least, 5: on a busy machine a launch may take longer, and its
+# credential would have expired
 AuthInfo=cred_expire=20
 MessageTimeout=60
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny

@@ -10,7 +10,11 @@ import pytest
 from htc_megatron.benchmarks.plan import rank_correlation
 from htc_megatron.benchmarks.workload import num_parameters, workload_config
 from htc_megatron.config_io import check, load_config, load_zero
+from htc_megatron.model.stages import Work
 from htc_megatron.parallel.support import Layout, refuse_untested
+from htc_megatron.planner.hardware import hardware
+from htc_megatron.planner.speed import speed_of
+from htc_megatron.planner.trial import Counted
 from htc_megatron.weights.table import weights
 from tests import plan_worker
 from tests.parity_worker import tiny_config
@@ -75,6 +79,25 @@ def test_memory_is_that_of_real_processes(ranks, layout):
     measured = [rank["peak_mib"] for rank in ranks(2).run("htc_megatron.benchmarks.scale:measure", config, layout, 0, 1, timeout=240)]
     of_stages = measured if layout.pp == 2 else [max(measured)]
     assert found == pytest.approx(of_stages, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "freeze, scatter_rounds, share",
+    [((), 1, 5 / 4), ((), 2, 7 / 4), (("backbone",), 1, 1), (("backbone",), 2, 6 / 4)],
+    ids=["trained", "trained, gloo", "frozen", "frozen, gloo"],
+)
+def test_what_sequence_parallelism_exchanges(freeze, scatter_rounds, share):
+    """Beside TP's two all-reduces of two rounds: a gather and a scatter each way, and a gather more where weights have gradients."""
+    machine = replace(hardware("h100-80g"), node_latency=0.0, scatter_rounds=scatter_rounds)
+    exchanged = []
+    for sequence_parallel in (False, True):
+        config = workload_config(12e6, 2, 1, 1, "zero1.json", "fp32", 96, 2)
+        config = replace(config, parallel=replace(config.parallel, sequence_parallel=sequence_parallel))
+        config = replace(config, training=replace(config.training, freeze=freeze))
+        layers, nothing = [config.model.backbone.num_layers], [Counted(0, 0, 0, 0, 0)]
+        speed = speed_of(config, load_zero(config.zero), machine, 8, 2, layers, nothing, Work(96, 69, 20, (1500, 500), False, 1))
+        exchanged.append(speed.exchange_s)
+    assert exchanged[1] == pytest.approx(share * exchanged[0])
 
 
 def test_405b_on_2048_gpus(ranks, tmp_path):

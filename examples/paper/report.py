@@ -185,16 +185,25 @@ def plot(table: Table, models: dict[str, str], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def ablations(table: Table) -> dict[str, dict[str, str]]:
+    """The ablations of which there is more than one model."""
+    return {title: models for title, models in ABLATIONS.items() if len(models.keys() & table.keys()) > 1}
+
+
+def has_main(table: Table) -> bool:
+    """Whether the main table compares anything."""
+    return len(MAIN.keys() & table.keys()) > 1
+
+
 def report(table: Table, blind: dict[str, float]) -> str:
     """The whole report in Markdown, with the plots' names in it."""
     seeds = {len(figures) for figures in table.values()}
     many = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seed{'s' * (max(seeds) > 1)}"
     parts = [f"Means over {many} with 95% confidence intervals, in percent."]
-    if len(MAIN.keys() & table.keys()) > 1:
+    if has_main(table):
         parts += ["", main_table(table, blind), "", "![](main.png)"]
-    for title, models in ABLATIONS.items():
-        if len(models.keys() & table.keys()) > 1:
-            parts += ["", ablation_table(table, models, title), "", f"![]({file_name(title)})"]
+    for title, models in ablations(table).items():
+        parts += ["", ablation_table(table, models, title), "", f"![]({file_name(title)})"]
     return "\n".join([*parts, "", claim_table(table), ""])
 
 
@@ -210,9 +219,10 @@ def main() -> int:
     try:
         table, blind = read_figures(options.run) if options.run.is_file() else read(options.run)
         text = report(table, blind)
-        for title, models in {"model": MAIN, **ABLATIONS}.items():
-            if len(models.keys() & table.keys()) > 1:
-                plot(table, models, title, folder / ("main.png" if models is MAIN else file_name(title)))
+        if has_main(table):
+            plot(table, MAIN, "model", folder / "main.png")
+        for title, models in ablations(table).items():
+            plot(table, models, title, folder / file_name(title))
     except ConfigError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

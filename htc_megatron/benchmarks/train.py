@@ -315,8 +315,7 @@ def run(args: argparse.Namespace, say: Say) -> Result:
     with apart(_compare, args) as pipe:
         difference = pipe.recv()
     memory: dict[str, dict[str, float]] = {}
-    found: dict[str, list[float]] = {"ours": []}
-    beside: dict[str, list[float]] = {}  # ours in the rounds of each peer
+    pairs: dict[str, dict[str, list[float]]] = {}  # seconds of a peer and of ours beside it
 
     def told(name: str, pipe: Connection) -> Callable[[], float]:
         """A contender that is ready, as what makes a step of it and returns its seconds."""
@@ -333,9 +332,9 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         ours = told("ours", pipe)
         for name in PEERS:
             with apart(_contend, args, name) as other:
-                pair = alternated({"ours": ours, name: told(name, other)}, args.rounds, say)
-            found[name], beside[name] = pair[name], pair["ours"]
-            found["ours"] += pair["ours"]
+                pairs[name] = alternated({"ours": ours, name: told(name, other)}, args.rounds, say)
+    found = {name: pair[name] for name, pair in pairs.items()}
+    found["ours"] = [seconds for pair in pairs.values() for seconds in pair["ours"]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [
         ("backbone", f"{args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, {device}"),
@@ -348,10 +347,10 @@ def run(args: argparse.Namespace, say: Say) -> Result:
     rows.append(("loss, relative difference from transformers", f"{difference['loss']:.1e}"))
     rows.append(("gradients, largest relative difference of a weight", f"{difference['gradients']:.1e}"))
     ratios = {
-        "peer_over_ours": median_ratio(found["transformers"], beside["transformers"]),
-        "peer_kept_over_ours": median_ratio(found["transformers_kept"], beside["transformers_kept"]),
+        "peer_over_ours": median_ratio(found["transformers"], pairs["transformers"]["ours"]),
+        "peer_kept_over_ours": median_ratio(found["transformers_kept"], pairs["transformers_kept"]["ours"]),
         "peer_memory_over_ours": memory["transformers"]["step"] / memory["ours"]["step"],
-        "mcore_over_ours": median_ratio(found["mcore"], beside["mcore"]),
+        "mcore_over_ours": median_ratio(found["mcore"], pairs["mcore"]["ours"]),
         "mcore_memory_over_ours": memory["mcore"]["step"] / memory["ours"]["step"],
     }
-    return Result(rows, ratios, {"seconds": found, "memory_mib": memory, "difference": difference})
+    return Result(rows, ratios, {"seconds": pairs, "memory_mib": memory, "difference": difference})

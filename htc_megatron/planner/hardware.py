@@ -37,7 +37,7 @@ class Hardware:
     network_latency: float = 30e-6
     cores: float | None = None
     hides: bool = True  # whether collectives can run beside products
-    scatter_rounds: int = 1  # of a ring that a reduce-scatter takes; 2 where it is an all-reduce of which a part is kept (gloo)
+    scatter_rounds: int = 1  # of a ring that a reduce-scatter takes; under gloo it is no faster than an all-reduce
 
     def peak(self, precision: str) -> float:
         """FLOP/s of dense products in training.precision."""

@@ -111,11 +111,12 @@ def speed_of(
     again = parallel.recompute == "full"
     costs, exchanged, passes_s = [], [], []
     for stage, (ops, count) in enumerate(zip(operations, layers, strict=True)):
-        # Two reductions a layer each way. With sequence parallelism each is a gather and a scatter, and a backward gathers once more
-        # what its products read (megatron-core keeps the parts alone).
-        once_round = 2 * count * _ring(size * work.tokens * backbone.hidden_size, tp, links.tensor)
-        rounds = (1 + hardware.scatter_rounds, 2 + hardware.scatter_rounds) if parallel.sequence_parallel else (2, 2)
-        reduced, reduced_back = (number * once_round for number in rounds)
+        # Two reductions a layer each way. With sequence parallelism each is a gather and a scatter, and for the gradients of weights
+        # a backward gathers once more what the products read (megatron-core keeps the parts alone).
+        a_round = 2 * count * _ring(size * work.tokens * backbone.hidden_size, tp, links.tensor)
+        both_ways = 1 + hardware.scatter_rounds if parallel.sequence_parallel else 2
+        gathered_again = parallel.sequence_parallel and "backbone" not in training.freeze
+        reduced, reduced_back = both_ways * a_round, (both_ways + gathered_again) * a_round
         sent = message / shares / links.stages[0] + links.stages[1]
         ways = [(stage > 0) * sent, (stage < pp - 1) * sent] if pp > 1 else [0.0, 0.0]
         rows = work.tokens * count
