@@ -29,6 +29,7 @@ def test_models_come_near_the_wanted_size(parameters):
     check(config, 8)
     batch = random_batch(config, 0, True)
     assert batch.num_supervised == 128 - 8 - config.model.tokens_per_image
+    assert random_batch(config, 0, True, question=5).num_supervised == batch.num_supervised - 5
 
 
 def test_a_size_out_of_reach_is_refused():
@@ -82,7 +83,7 @@ def test_attention_beside_its_peers():
 
 def test_training_beside_its_peers():
     """At a small size: the peers have our loss and our gradients, so the same work is timed."""
-    sizes = "--hidden 64 --layers 3 --head-dim 16 --vocabulary 301 --batch 2 --text 24 --patch-side 3 --rounds 1"
+    sizes = "--hidden 64 --layers 3 --head-dim 16 --vocabulary 301 --batch 2 --text 24 --question 6 --patch-side 3 --rounds 1"
     _, found = run_tool("train", *sizes.split())
     assert found["difference"]["loss"] < 1e-5 and found["difference"]["mcore_loss"] < 1e-5 and found["difference"]["gradients"] < 1e-4
     assert found["seconds"].keys() == {"transformers", "transformers_kept", "mcore"}

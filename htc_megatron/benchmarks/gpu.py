@@ -44,7 +44,9 @@ def configured(args: argparse.Namespace, size: str, precision: str) -> RunConfig
     if size not in SIZES:
         raise ConfigError(f"--sizes: got {size!r}, wanted some of {', '.join(SIZES)}")
     backbone, vision, rows = SIZES[size]
-    shape = argparse.Namespace(hidden=64, layers=1, head_dim=16, vocabulary=backbone.vocab_size, batch=rows, text=args.text, patch_side=2)
+    shape = argparse.Namespace(
+        hidden=64, layers=1, head_dim=16, vocabulary=backbone.vocab_size, batch=rows, text=args.text, question=0, patch_side=2
+    )
     config = train.step_config(argparse.Namespace(**vars(shape), recompute=args.recompute))
     method = replace(config.model.method, anchor_hidden_size=backbone.hidden_size)
     config.model = replace(config.model, backbone=backbone, vision=vision, method=method)

@@ -5,6 +5,10 @@ All three have the same weights, the same projectors and the same (small, frozen
 (b) megatron-core's GPTModel with its own layers, the same mask and logits at every place.
 Ours runs through the engine that training uses (DeepSpeed ZeRO-1 on one process).
 
+Samples are laid out as in a conversation about an image: the image, a question, and the answer, which alone is supervised. Where the
+answer follows the image at once (`--question 0`, captions), its first word is predicted from `<voco>`, so that the last but one layer
+is needed whole.
+
 Each is measured in a process of its own, as its users run it: what our runtime does to its process on CPU (memory that is freed stays
 with it, parallel/host_memory.py) must not speed up or slow down a peer. transformers is measured a second time with that setting, and
 both ratios are told; megatron-core runs on CPU only inside our runtime, and has it. Each peer takes turns with ours.
@@ -55,8 +59,8 @@ VOCO_ROW = "model.language_model.embed_tokens.weight"
 
 def step_config(args: argparse.Namespace) -> RunConfig:
     """The run that is measured: `--batch` rows of one image and `--text` tokens. Raises ConfigError."""
-    if args.text <= TEXT_BEFORE:
-        raise ConfigError(f"--text is {args.text}, wanted more than the {TEXT_BEFORE} tokens before the image")
+    if args.text <= TEXT_BEFORE + args.question:
+        raise ConfigError(f"--text is {args.text}, wanted more than the {TEXT_BEFORE + args.question} tokens before the answer")
     heads, side = args.hidden // args.head_dim, args.patch_side
     small = dict(depths=(1, 1, 1, 1), decoder_depths=(1, 1, 1, 1), blocks=("res",) * 4)  # only its codebook is used here
     model = ModelConfig(
@@ -243,6 +247,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vocabulary", type=int, default=32001)
     command.add_argument("--batch", type=int, default=4, help="rows, one image each (default: %(default)s)")
     command.add_argument("--text", type=int, default=128, help="tokens a row beside the image (default: %(default)s)")
+    command.add_argument("--question", type=int, default=24, help="of those the question behind the image (default: %(default)s)")
     command.add_argument("--patch-side", type=int, default=24, help="patches a side (default: %(default)s, 576 of them)")
     command.add_argument("--recompute", choices=("none", "selective", "full"), default="selective", help="of ours (default: %(default)s)")
     command.add_argument("--rounds", type=int, default=5, help="seconds are medians over them (default: %(default)s)")
@@ -252,7 +257,7 @@ def _compare(connection: Connection, args: argparse.Namespace) -> None:
     """A process that says how far loss and gradients of ours are from the peers', with the same weights."""
     config = step_config(args)
     groups = process_groups.initialise(config.parallel, config.training.seed)
-    connection.send(peers_of(config, random_batch(config, 1, True), groups.device)[1])
+    connection.send(peers_of(config, random_batch(config, 1, True, args.question), groups.device)[1])
 
 
 def _made(name: str, config: RunConfig, batch: MicroBatch) -> Callable[[], object]:
@@ -277,7 +282,7 @@ def _made(name: str, config: RunConfig, batch: MicroBatch) -> Callable[[], objec
 def _contend(connection: Connection, args: argparse.Namespace, name: str) -> None:
     """A contender's process: says what its step takes in MiB, and then the seconds of a step each time it is asked."""
     config = step_config(args)
-    step = _made(name, config, random_batch(config, 1, True))
+    step = _made(name, config, random_batch(config, 1, True, args.question))
     before = allocated()
     step()  # AdamW's moments are made
     gc.collect()
@@ -340,6 +345,7 @@ def run(args: argparse.Namespace, say: Say) -> Result:
         ("backbone", f"{args.layers} layers, hidden {args.hidden}, vocabulary {args.vocabulary}, fp32, {device}"),
         ("parameters with projectors", f"{num_parameters(config.model):,}"),
         ("batch", f"{args.batch} rows of {config.model.num_visual_tokens} + 1 + {args.text} tokens"),
+        ("supervised tokens of a row", f"{args.text - TEXT_BEFORE - args.question}"),
         ("ours, recompute", args.recompute),
     ]
     for name, label in ({"ours": "ours, ZeRO-1 engine"} | PEERS).items():

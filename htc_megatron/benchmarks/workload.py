@@ -64,19 +64,22 @@ def workload_config(
     )
 
 
-def random_batch(config: RunConfig, seed: int, needs_pixels: bool) -> MicroBatch:
-    """A micro-batch of rows full of one sample each: a few words, an image, and supervised words to the end of the row."""
+def random_batch(config: RunConfig, seed: int, needs_pixels: bool, question: int = 0) -> MicroBatch:
+    """A micro-batch of rows full of one sample each: a few words, an image, a question, and supervised words to the end of the row.
+
+    question: words of it, unsupervised. With none the answer follows the image at once, as a caption does.
+    """
     model, rows, length = config.model, config.training.micro_batch_size, config.training.seq_length
     image = ImageShape.from_config(model)
-    if length <= TEXT_BEFORE + image.length:
-        raise ConfigError(f"seq_length: got {length}, wanted more than the {TEXT_BEFORE + image.length} places before the answer")
+    behind = TEXT_BEFORE + image.length
+    if length <= behind + question:
+        raise ConfigError(f"seq_length: got {length}, wanted more than the {behind + question} places before the answer")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, model.backbone.vocab_size - 1, (rows, length), generator=generator)
-    answer = TEXT_BEFORE + image.length
     ids[:, TEXT_BEFORE : TEXT_BEFORE + image.num_visual] = 0
-    ids[:, TEXT_BEFORE + image.num_visual : answer] = model.method.voco_token_id
+    ids[:, TEXT_BEFORE + image.num_visual : behind] = model.method.voco_token_id
     labels = torch.full_like(ids, -100)
-    labels[:, answer:] = ids[:, answer:]
+    labels[:, behind + question :] = ids[:, behind + question :]
     samples = torch.tensor([[row, 0, length] for row in range(rows)])
     images = torch.tensor([[row, TEXT_BEFORE] for row in range(rows)])
     pixels = codes = None
