@@ -52,6 +52,7 @@ setup(
             "peft",
             "py-spy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",
             *LMMS_EVAL,

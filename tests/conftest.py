@@ -14,6 +14,14 @@ settings.register_profile("repository", deadline=None)  # a busy machine is slow
 settings.load_profile("repository")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on the harness's ranks, which fill the machine: tests/run.sh runs the others side by side."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("distributed")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """A function of the number of ranks. The processes start with the first job and serve the whole session."""

@@ -16,13 +16,14 @@ fi
 ruff check .
 ruff format --check .
 [ "$#" -eq 0 ] || exec python -m pytest "$@"
-# The SLURM job waits for SLURM's clocks most of its time, so it runs beside the others. Those in turn: on two cores anything beside
-# tests on four processes costs them more than it gains.
+# The SLURM job waits for SLURM's clocks most of its time, so it runs beside the others. Tests of one process run two at a time, each with
+# one thread; those on several ranks in turn: on two cores anything beside four processes costs them more than it gains.
 slurm=$(mktemp)
 python -m pytest tests/test_slurm.py >"$slurm" 2>&1 &
 trap 'kill "$!" 2>/dev/null || true; rm -f "$slurm"' EXIT
 status=0
-python -m pytest -m "not slow" --ignore tests/test_slurm.py || status=$?
+python -m pytest -m "not slow and not distributed" --ignore tests/test_slurm.py --numprocesses 2 --dist loadfile || status=$?
+python -m pytest -m "not slow and distributed" --ignore tests/test_slurm.py || status=$?
 wait "$!" || status=$?
 cat "$slurm"
 exit "$status"

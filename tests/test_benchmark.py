@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from htc_megatron.benchmarks.convert import measure_converting, write_synthetic
 from htc_megatron.benchmarks.scale import layout_of, memory_fit, summary
+from htc_megatron.benchmarks.train import products
 from htc_megatron.benchmarks.workload import num_parameters, random_batch, sized_model, workload_config
 from htc_megatron.config import ConfigError
 from htc_megatron.config_io import check, load_zero
@@ -90,6 +91,18 @@ def test_training_beside_its_peers():
     assert all(pair.keys() == {"ours", name} for name, pair in found["seconds"].items())
     assert all(seconds > 0 for pair in found["seconds"].values() for several in pair.values() for seconds in several)
     assert {"peer_over_ours", "peer_kept_over_ours", "peer_memory_over_ours"} <= found["ratios"].keys()
+
+
+def test_products_of_linear_layers_are_counted():
+    """Every way they are called, and no others."""
+    a, b, c, found = torch.ones(2, 3), torch.ones(3, 5), torch.ones(2, 5), {}
+    with products(found, "all"):
+        torch.mm(a, b)
+        torch.mm(a, b, out=torch.empty(2, 5))
+        torch.addmm(c, a, b)
+        c.addmm_(a, b)
+        torch.bmm(a[None], b[None])
+    assert found == {"all": 4 * 2 * 2 * 3 * 5}
 
 
 def test_the_gpu_benchmark_on_cpu():

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from htc_megatron.benchmarks.memory import allocated, peak_allocated
 from htc_megatron.benchmarks.result import Result, Say, alternated, median_ratio, timed
@@ -217,18 +218,35 @@ def largest_error(ours: dict[str, Tensor], model: nn.Module, voco: int) -> float
     return worst
 
 
-def peers_of(config: RunConfig, batch: MicroBatch, device: torch.device) -> tuple[dict[str, Any], dict[str, float]]:
-    """Both peers with the weights of ours, and how far loss and gradients of ours are from transformers'."""
+@contextmanager
+def products(into: dict[str, float], name: str) -> Iterator[None]:
+    """Count the operations of the linear layers' matrix products, attention's own not among them."""
+    aten = torch.ops.aten
+
+    def in_place(of_sum, left, right, out_shape=None, **_) -> int:  # the counter itself knows addmm alone
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={aten.addmm_: in_place}) as counter:
+        yield
+    counts = counter.get_flop_counts()["Global"]
+    into[name] = float(sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.addmm_)))
+
+
+def peers_of(config: RunConfig, batch: MicroBatch, device: torch.device) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+    """Both peers with the weights of ours, how far loss and gradients of ours are from transformers', and the products of both."""
     from htc_megatron.model.mgvq import build_mgvq
     from htc_megatron.weights.export import hf_from_tensors
 
-    stage, tensors, ours, loss = our_gradients(config, batch, device)
+    flops: dict[str, float] = {}
+    with products(flops, "ours"):
+        stage, tensors, ours, loss = our_gradients(config, batch, device)
     mgvq = build_mgvq(config.model.mgvq, encoder_only=True).state_dict()
     mgvq["quantize.embedding.weight"] = tensors["frontend.codebook.weight"]
     one = Transformers(hf_from_tensors(config.model, tensors, mgvq), config, batch, device)
     one.trained()
-    theirs = one.loss()
-    theirs.backward()
+    with products(flops, "transformers"):
+        theirs = one.loss()
+        theirs.backward()
     difference = {
         "loss": abs(loss - float(theirs.detach())) / abs(float(theirs.detach())),
         "gradients": largest_error(ours, one.model, config.model.method.voco_token_id),
@@ -237,7 +255,7 @@ def peers_of(config: RunConfig, batch: MicroBatch, device: torch.device) -> tupl
     other = Mcore(stage, config, batch, device)
     with torch.no_grad():
         difference["mcore_loss"] = abs(float(other.loss()) - loss) / abs(loss)
-    return {"transformers": one, "mcore": other}, difference
+    return {"transformers": one, "mcore": other}, difference, flops
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -254,10 +272,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _compare(connection: Connection, args: argparse.Namespace) -> None:
-    """A process that says how far loss and gradients of ours are from the peers', with the same weights."""
+    """A process that says how far loss and gradients of ours are from the peers', with the same weights, and what both multiply."""
     config = step_config(args)
     groups = process_groups.initialise(config.parallel, config.training.seed)
-    connection.send(peers_of(config, random_batch(config, 1, True, args.question), groups.device)[1])
+    connection.send(peers_of(config, random_batch(config, 1, True, args.question), groups.device)[1:])
 
 
 def _made(name: str, config: RunConfig, batch: MicroBatch) -> Callable[[], object]:
@@ -318,7 +336,7 @@ def run(args: argparse.Namespace, say: Say) -> Result:
     """Raises ConfigError where the sizes do not fit."""
     config = step_config(args)
     with apart(_compare, args) as pipe:
-        difference = pipe.recv()
+        difference, flops = pipe.recv()
     memory: dict[str, dict[str, float]] = {}
     pairs: dict[str, dict[str, list[float]]] = {}  # seconds of a peer and of ours beside it
 
@@ -350,13 +368,16 @@ def run(args: argparse.Namespace, say: Say) -> Result:
     ]
     for name, label in ({"ours": "ours, ZeRO-1 engine"} | PEERS).items():
         rows.append((label, f"{median(found[name]):.2f} s, {memory[name]['step']:.0f} MiB"))
+    for name in flops:
+        rows.append((f"matrix products of {name}", f"{flops[name] / 1e12:.3g} TFLOP"))
     rows.append(("loss, relative difference from transformers", f"{difference['loss']:.1e}"))
     rows.append(("gradients, largest relative difference of a weight", f"{difference['gradients']:.1e}"))
     ratios = {
         "peer_over_ours": median_ratio(found["transformers"], pairs["transformers"]["ours"]),
         "peer_kept_over_ours": median_ratio(found["transformers_kept"], pairs["transformers_kept"]["ours"]),
         "peer_memory_over_ours": memory["transformers"]["step"] / memory["ours"]["step"],
+        "peer_products_over_ours": flops["transformers"] / flops["ours"],
         "mcore_over_ours": median_ratio(found["mcore"], pairs["mcore"]["ours"]),
         "mcore_memory_over_ours": memory["mcore"]["step"] / memory["ours"]["step"],
     }
-    return Result(rows, ratios, {"seconds": pairs, "memory_mib": memory, "difference": difference})
+    return Result(rows, ratios, {"seconds": pairs, "memory_mib": memory, "difference": difference, "products_flop": flops})
