@@ -59,7 +59,7 @@ PRELOAD = [  # what any job imports, so that no new worker takes a second for it
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]
-JOBS_PER_WORKER = 10  # every process group of gloo leaves threads and sockets behind: after a hundred jobs they would take the machine
+JOBS_PER_WORKER = 40  # what libraries keep from job to job in their modules must not grow without end
 GRACE = 4.0  # seconds the other ranks get to answer after one has failed: most errors come from all ranks at once
 LOG_TAIL = 6000  # characters of a rank's output shown with a failure
 

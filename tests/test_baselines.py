@@ -27,6 +27,7 @@ from htc_megatron.weights.export import export
 from htc_megatron.weights.importing import plan_import
 from tests import data_tiny
 from tests.hf_tiny import made, tiny_images, tiny_model
+from tests.quick import quick
 from tests.train_worker import train
 from tests.training_tiny import make_run
 
@@ -241,7 +242,7 @@ def test_an_export_from_before_there_were_choices_had_the_defaults(tmp_path):
     assert plan_import([tmp_path / "hf"], base).config.model.method == reader.config.model.method
 
 
-@pytest.mark.parametrize("row", WITHOUT_MGVQ)
+@pytest.mark.parametrize("row", quick(WITHOUT_MGVQ, ["qformer", "topk_attention"]))
 def test_from_data_without_codes_to_an_answer(ranks, run, tmp_path, row):
     """TP 2 x PP 2 under ZeRO-3, checkpoint, resumption, export."""
     path, plain = run

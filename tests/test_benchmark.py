@@ -113,6 +113,7 @@ def test_the_gpu_benchmark_on_cpu():
     assert {"attention_dense_over_ours", "tiny_peer_over_ours", "tiny_peer_memory_over_ours"} <= found["ratios"].keys()
 
 
+@pytest.mark.slow
 def test_the_tool(tmp_path):
     """One round on the smallest model: the table on stdout, the same figures in the file."""
     command = [sys.executable, str(TOOL), "save", "--parameters", "11e6", "--rounds", "1", "--folder", str(tmp_path), "--json"]
@@ -126,6 +127,7 @@ def test_the_tool(tmp_path):
     assert refused.returncode == 2 and "benchmark: parameters: got 7" in refused.stderr
 
 
+@pytest.mark.slow
 def test_what_converting_costs(tmp_path):
     """Synthetic files are what transformers loads, whole; the figures are of programs that ran, and all files are gone."""
     write_synthetic(tmp_path / "files", "tiny")

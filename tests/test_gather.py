@@ -13,6 +13,7 @@ from htc_megatron.parallel.support import Layout
 from tests.distributed import RankFailure
 from tests.gather_worker import count_known, different_orders, gathered_steps
 from tests.parity_worker import tiny_config
+from tests.quick import quick
 from tests.test_parity import assert_same, changes_of
 
 LORA = {"model__lora": {"rank": 4, "alpha": 6.0}, "training__freeze": ["vision", "backbone"]}
@@ -26,10 +27,7 @@ CASES = {
 }
 
 
-QUICK = ("frozen tower, recompute", "tied")
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow, id=case) for case in CASES])
+@pytest.mark.parametrize("case", quick(CASES, ["frozen tower, recompute", "tied"]), ids=str)
 def test_what_stays_whole_changes_no_figure(ranks, case):
     """Everything, half and nothing whole: one process's figures, the same bits in every checkpoint, less sent with more room."""
     layout, changes = CASES[case]

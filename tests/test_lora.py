@@ -12,6 +12,7 @@ from htc_megatron.parallel.support import REFERENCE, Layout
 from htc_megatron.weights.table import is_adapter, partition, weights
 from tests.distributed import RankFailure
 from tests.lora_worker import adapter_gradients, beside_transformers, lora_config, lora_steps
+from tests.quick import quick
 from tests.test_parity import assert_same, changes_of
 from tests.train_worker import train
 from tests.training_tiny import make_run
@@ -53,10 +54,10 @@ def one_process(ranks):
     return {targets: steps_of(ranks, REFERENCE, **TARGETS[targets]) for targets in ("all", "q and v")}
 
 
-CASES = [*((layout, "all") for layout in LAYOUTS), *(pytest.param(layout, "q and v", marks=pytest.mark.slow) for layout in LAYOUTS)]
+CASES = [(layout, targets) for targets in ("all", "q and v") for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize("layout, targets", CASES, ids=str)
+@pytest.mark.parametrize("layout, targets", quick(CASES, [case for case in CASES if case[1] == "all"]), ids=str)
 def test_equals_one_process(ranks, one_process, layout, targets):
     """As tests/test_parity.py, to the same 1e-5; and adapters and the unfrozen front-end move, nothing else does."""
     results, moved = steps_of(ranks, layout, **TARGETS[targets])
@@ -112,8 +113,10 @@ def worst(ours: dict, theirs: dict) -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+SPLITS = [(False, "none"), (False, "full"), (True, "none"), (True, "full")]
+
+
+@pytest.mark.parametrize("sequence_parallel, recompute", quick(SPLITS, [(False, "none"), (True, "full")]))
 @pytest.mark.parametrize("targets", TARGETS)
 def test_gradients_over_tensor_parallelism(ranks, targets, sequence_parallel, recompute):
     """Each adapter's gradient by itself, to 1e-5 of its norm: sums in another order through four layers give about 1e-6."""

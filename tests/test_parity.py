@@ -10,6 +10,7 @@ import pytest
 from htc_megatron.config_io import load_zero
 from htc_megatron.parallel.support import REFERENCE, TESTED, Layout
 from tests.parity_worker import frames_compiled, run_steps
+from tests.quick import quick
 
 TOLERANCE = 1e-5
 
@@ -87,7 +88,19 @@ VARIANTS |= {  # as the paper varies them: anchors are made of codes of another 
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+OFTEN = [  # of a run of all tests: each branch once
+    "full mask, prefix, voco_on, two voco",
+    "no mask, prefix, no voco",
+    "continuous, linear projector",
+    "parallel fusion, star with prefix",
+    "Q-Former to three tokens, star",
+    "average to four tokens, K = 4",
+    "anchors by k-means",
+    "MGVQ of 4 groups, 16 entries",
+]
+
+
+@pytest.mark.parametrize("variant", quick(VARIANTS, OFTEN), ids=str)
 def test_variants_of_the_model(ranks, variant):
     """One process with the dense mask against TP 2 x PP 2 under ZeRO-3 with split attention."""
     changes = VARIANTS[variant]

@@ -13,6 +13,7 @@ from htc_megatron.training.flops import step_flops
 from htc_megatron.weights import weights
 from tests.distributed import RankFailure, RankTimeout
 from tests.parity_worker import micro_batch, tiny_config
+from tests.quick import quick
 from tests.test_mends import wrong
 from tests.test_parity import FROZEN, assert_same, changes_of, steps_of
 from tests.tied_worker import run_faulty, tied_gradients
@@ -25,10 +26,7 @@ def one_process(ranks):
     return steps_of(ranks, REFERENCE, **TIED)
 
 
-QUICK = TESTED[::3]  # of a run of all tests
-
-
-@pytest.mark.parametrize("layout", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow, id=str(one)) for one in TESTED])
+@pytest.mark.parametrize("layout", quick(TESTED, TESTED[::3]), ids=str)
 def test_equals_one_process(ranks, one_process, layout):
     assert_same(steps_of(ranks, layout, **TIED), one_process)
 

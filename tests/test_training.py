@@ -23,6 +23,7 @@ from htc_megatron.model.mask import VISUAL, token_kinds
 from htc_megatron.weights.export import export
 from tests import data_tiny
 from tests.distributed import RankFailure
+from tests.quick import quick
 from tests.train_worker import ENTRY, entry_point, logits_of, train, train_on_a_full_disk, train_until, train_while_saving
 from tests.training_tiny import make_run, prepare_data
 
@@ -35,13 +36,17 @@ def run(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize(
-    "world_size, layout",
-    [(4, [*PP2, "zero=zero3.json"]), (4, [*PP2, "zero=zero2.json", "training.precision=bf16"]), (2, ["zero=zero1.json"])],
-    ids=["PP 2 x DP 2, ZeRO-3", "PP 2 x DP 2, ZeRO-2, bf16", "DP 2, ZeRO-1"],
-)
-def test_resumes_bit_for_bit(ranks, run, tmp_path, world_size, layout):
+RESUMED = {
+    "PP 2 x DP 2, ZeRO-3": (4, [*PP2, "zero=zero3.json"]),
+    "PP 2 x DP 2, ZeRO-2, bf16": (4, [*PP2, "zero=zero2.json", "training.precision=bf16"]),
+    "DP 2, ZeRO-1": (2, ["zero=zero1.json"]),
+}
+
+
+@pytest.mark.parametrize("case", quick(RESUMED, ["PP 2 x DP 2, ZeRO-3", "DP 2, ZeRO-1"]))
+def test_resumes_bit_for_bit(ranks, run, tmp_path, case):
     """20 steps, and 10 + resume + 10 in new processes: the same losses and norms, all bits of them."""
+    world_size, layout = RESUMED[case]
     whole = [*layout, "training.train_iters=20", f"output_dir={tmp_path}/whole"]
     parts = [*layout, "training.train_iters=20", "training.save_interval=10", f"output_dir={tmp_path}/parts"]
     expected = ranks(world_size).run(train, str(run), whole)[0]
@@ -207,13 +212,17 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {key: reader.read(key) for key in reader.manifest.tensors}
 
 
-@pytest.mark.parametrize(
-    "world_size, layout",
-    [(1, []), (4, [*PP2, "zero=zero3.json"]), (2, ["zero=zero2.json", "training.precision=bf16"])],
-    ids=["one process", "PP 2 x DP 2, ZeRO-3", "DP 2, ZeRO-2, bf16"],
-)
-def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, world_size, layout):
+SAVED = {
+    "one process": (1, []),
+    "PP 2 x DP 2, ZeRO-3": (4, [*PP2, "zero=zero3.json"]),
+    "DP 2, ZeRO-2, bf16": (2, ["zero=zero2.json", "training.precision=bf16"]),
+}
+
+
+@pytest.mark.parametrize("case", quick(SAVED, ["one process", "PP 2 x DP 2, ZeRO-3"]))
+def test_saves_in_a_thread_are_those_of_their_step(ranks, run, tmp_path, case):
     """Training goes on before a byte of them is written, and not a bit of losses or checkpoints differs from a run that waits."""
+    world_size, layout = SAVED[case]
     common = [*layout, "training.train_iters=8", "training.save_interval=2"]
     waits = [*common, "training.async_save=false", f"output_dir={tmp_path}/waits"]
     goes_on = [*common, f"output_dir={tmp_path}/goes_on"]

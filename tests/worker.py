@@ -55,6 +55,9 @@ def serve(connection: Connection, lifeline: Connection, log_path: str) -> None:
     lifeline: a pipe on which nothing is ever sent; its end is the parent's, however that came about.
     """
     threading.Thread(target=_die_with_parent, args=(lifeline,), name="lifeline", daemon=True).start()
+    if hasattr(os, "SCHED_BATCH"):
+        # as htc_megatron/parallel/host_threads.py, which comes too late for groups that the harness makes
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle: it kills the workers
     log = os.open(log_path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
     os.dup2(log, 1)
@@ -84,12 +87,13 @@ def reset_distributed() -> None:
     """Forget every process group: torch's, and what megatron-core and DeepSpeed keep of them in their modules."""
     import torch.distributed as dist
     from deepspeed.comm import comm as ds_comm
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups as ds_groups
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.tensor_parallel import random as mcore_random
 
+    FWD_MODULE_STACK.clear()  # every ZeRO-3 engine leaves its model there, and with it all of itself
     gc.collect()  # engines and buckets hold process groups in reference cycles
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from htc_megatron.config import ParallelConfig
 from htc_megatron.parallel import patches
 from htc_megatron.parallel.host_memory import keep_freed_memory
+from htc_megatron.parallel.host_threads import run_in_turn
 from htc_megatron.parallel.launch import discover
 
 
@@ -57,6 +58,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> Groups:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        run_in_turn()  # before the first group has threads
     timeout = timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)

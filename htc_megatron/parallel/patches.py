@@ -143,6 +143,16 @@ def before_backward(engine, prepare: Callable[[], None]) -> None:
     engine._backward_prologue = types.MethodType(prepared, engine)
 
 
+def release(engine) -> None:
+    """Let go of the model of an engine that is destroyed: DeepSpeed's ZeRO-3 keeps every model it was ever given in a list, and with it
+    the engine, its buffers and its process groups, whose threads on gloo go on waking a hundred times a second each."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    _must_have(parameter_offload, "FWD_MODULE_STACK")
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+
+
 def count_norm_by_tp_rank(engine, tp_rank: int) -> None:
     """Mend 4: DeepSpeed has one "model parallel rank" for naming files (distinct over TP x PP) and for counting replicated
     parameters in the gradient norm (once a stage, so the TP rank). The norm reads it from the optimizer."""

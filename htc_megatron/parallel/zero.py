@@ -223,10 +223,11 @@ class ZeroEngine:
         return norms[0] if norms else float(self.engine.get_global_grad_norm())
 
     def destroy(self) -> None:
-        """Free the engine's hooks and buffers."""
+        """Free the engine's hooks and buffers, and whatever held the model."""
         if self.gatherer is not None:
             self.gatherer.destroy()
         self.engine.destroy()
+        patches.release(self.engine)
 
 
 def sum_over(value: Tensor, *groups: dist.ProcessGroup) -> Tensor:
