@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -55,8 +56,7 @@ def serve(connection: Connection, lifeline: Connection, log_path: str) -> None:
     lifeline: a pipe on which nothing is ever sent; its end is the parent's, however that came about.
     """
     threading.Thread(target=_die_with_parent, args=(lifeline,), name="lifeline", daemon=True).start()
-    if hasattr(os, "SCHED_BATCH"):
-        # as htc_megatron/parallel/host_threads.py, which comes too late for groups that the harness makes
+    with suppress(AttributeError, OSError):  # as htc_megatron/parallel/host_threads.py, which comes too late for the harness's groups
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle: it kills the workers
     log = os.open(log_path, os.O_CREAT | os.O_RDWR | os.O_APPEND)

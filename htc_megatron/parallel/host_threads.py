@@ -12,9 +12,12 @@ import os
 def run_in_turn() -> bool:
     """Give this thread, and all that it will start, the batch policy, which needs no right and costs no share of the processor's time.
 
-    Returns whether it was done: only on Linux, and only where nobody has chosen another policy.
+    Returns whether it was done: only on Linux, only where nobody has chosen another policy, and not where a container forbids the call.
     """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    try:
+        if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+            return False
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
         return False
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     return True
