@@ -142,12 +142,17 @@ def _products(rows: Tensor, keys: Tensor) -> Tensor:
     """Each row with each key, in fp32 at least: [images, groups, r, d], [images, n, groups, d] -> [images, groups, r, n]."""
     precise = torch.promote_types(rows.dtype, torch.float32)
     rows, keys = rows.to(precise), keys.to(precise)
-    return torch.stack([row @ key.permute(1, 2, 0) for row, key in zip(rows, keys, strict=True)])  # of one image keys are not copied
+    return _stacked([row @ key.permute(1, 2, 0) for row, key in zip(rows, keys, strict=True)])  # of one image keys are not copied
 
 
 def _sums(weight: Tensor, values: Tensor) -> Tensor:
     """Weighted sums of values: [images, groups, r, n], [images, n, groups, d] -> [images, groups, r, d]."""
-    return torch.stack([one @ value.transpose(0, 1) for one, value in zip(weight, values, strict=True)])
+    return _stacked([one @ value.transpose(0, 1) for one, value in zip(weight, values, strict=True)])
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy of a single one."""
+    return torch.stack(images) if len(images) > 1 else images[0][None]
 
 
 def _spread(weight: Tensor, rows: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -170,13 +175,13 @@ def _own_image_attention(query, keys, values, plan: AttentionPlan, scale: float)
         q = query.split(sizes)[1].reshape(count, num_voco, groups, heads // groups, d)
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # no key is repeated for the heads of its group
         mine = (x[0].split(sizes)[1].unflatten(0, (count, num_voco)) for x in (keys, values))
-        theirs = (x[1].split([order.num_visual, order.visual - order.num_visual]) for x in (keys, values))
-        (key, _), (own, filling) = theirs
+        fill = order.visual - order.num_visual
+        key, own = (x[1][: order.num_visual] if fill else x[1] for x in (keys, values))  # a part's gradient would be copied
         mask = None if plan.voco_mask is None else plan.voco_mask.repeat(heads // groups, 1)
         images = (x.unflatten(0, (count, -1)) for x in (key, own))
         out, own = _VocoRows.apply(q, *mine, *images, mask, scale)
         own = own.flatten(0, 1)
-        own = torch.cat([own, filling]) if len(filling) else own
+        own = torch.cat([own, values[1][order.num_visual :]]) if fill else own
         parts.append(out.unflatten(2, (heads // groups, num_voco)).permute(0, 3, 1, 2, 4).reshape(-1, heads, d))
     if sizes[2]:
         parts.append(text.new_zeros(sizes[2], heads, d))
