@@ -43,9 +43,9 @@ def build(rows: list[list[list[int]]], image: ImageShape, padding: int = 3) -> S
     return SequenceLayout(len(rows), longest + padding, as_tensor(samples, 3), as_tensor(images, 2), image)
 
 
-def split_of_places(query, key, value, layout: SequenceLayout, rule: MaskRule) -> torch.Tensor:
-    """Split attention of [s, b, heads, d] tensors: [s, b, heads * d], zeros at padding."""
-    order = RowOrder.of(layout)
+def split_of_places(query, key, value, layout: SequenceLayout, rule: MaskRule, shares: int = 1) -> torch.Tensor:
+    """Split attention of [s, b, heads, d] tensors: [s, b, heads * d], zeros at padding. shares: both zones are filled to multiples of."""
+    order = RowOrder.of(layout, shares)
     plan = plan_attention(layout, rule, order)
     rows = [x.transpose(0, 1).flatten(0, 1)[order.places.clamp_min(0)] for x in (query, key, value)]
     query = rows[0][: order.language] if plan.own_image_only else rows[0]
@@ -57,17 +57,17 @@ def split_of_places(query, key, value, layout: SequenceLayout, rule: MaskRule) -
     return order.at_places(out).unflatten(0, (layout.rows, layout.seq_length)).flatten(2).transpose(0, 1)
 
 
-def compare(layout: SequenceLayout, rule: MaskRule, heads: int = 4, groups: int = 2, d: int = 8, seed: int = 0) -> None:
+def compare(layout: SequenceLayout, rule: MaskRule, heads: int = 4, groups: int = 2, d: int = 8, seed: int = 0, shares: int = 1) -> None:
     for dtype in TOLERANCE:
-        compare_in(dtype, layout, rule, heads, groups, d, seed)
+        compare_in(dtype, layout, rule, heads, groups, d, seed, shares)
 
 
-def compare_in(dtype: torch.dtype, layout: SequenceLayout, rule: MaskRule, heads: int, groups: int, d: int, seed: int) -> None:
+def compare_in(dtype: torch.dtype, layout: SequenceLayout, rule: MaskRule, heads: int, groups: int, d: int, seed: int, shares: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (layout.seq_length, layout.rows)
     leaves = [torch.randn(*shape, n, d, generator=generator, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)]
     weight = torch.randn(*shape, heads * d, generator=generator, dtype=dtype)
-    split = split_of_places(*leaves, layout, rule)
+    split = split_of_places(*leaves, layout, rule, shares)
     split_grads = torch.autograd.grad((split * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
     dense = dense_attention(*(x.transpose(0, 1) for x in leaves), dense_mask(layout, rule), d**-0.5).flatten(2).transpose(0, 1)
     dense = dense * (token_kinds(layout)[0] != PADDING).T[..., None]  # nothing is computed at padding
@@ -82,6 +82,16 @@ def compare_in(dtype: torch.dtype, layout: SequenceLayout, rule: MaskRule, heads
 def test_equals_dense(rule, num_voco):
     image = ImageShape(4, 9, num_voco)
     compare(build([[[3, 5], [7]], [[0, 4, 2, 1], [6]], [[2, 1]]], image), rule)  # several images, none, packed, no prefix
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shares", [2, 8])
+def test_filling_changes_nothing(rule, shares):
+    """As sequence parallelism fills both zones: 39 rows of images, so that there is filling behind them."""
+    layout = build([[[3, 5], [7]], [[0, 4, 2], [6]]], ImageShape(4, 9, 1))
+    order = RowOrder.of(layout, shares)
+    assert order.visual > order.num_visual == 39
+    compare(layout, rule, shares=shares)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
